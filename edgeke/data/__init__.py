@@ -1,0 +1,1 @@
+"""Labelled images: sources, splits, the dataset file, batched augmentation."""

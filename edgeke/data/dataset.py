@@ -1,0 +1,129 @@
+"""dataset.safetensors: every split in one file, with what is needed to normalise and name it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from edgeke.errors import InputError
+from edgeke.files import write_bytes
+
+__all__ = ["Dataset", "Split", "channel_statistics", "load_dataset", "save_dataset"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 `[N, C, H, W]` and labels int64 `[N]`."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The splits that were asked for, and the metadata of all.
+
+    `mean` and `std` are per channel, in [0, 1], over all images the source gives for training.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+    seed: int
+    sha256: str
+    splits: Mapping[str, Split]
+
+    def __getitem__(self, split: str) -> Split:
+        return self.splits[split]
+
+
+def channel_statistics(
+    images: NDArray[np.uint8],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of images uint8 `[N, C, H, W]`, scaled to [0, 1].
+
+    Exact: every channel's 256-bin histogram is summed in float64. Errors: InputError for a channel
+    that is constant, since it cannot be normalised.
+    """
+    levels = np.arange(256) / 255
+    means, stds = [], []
+    for channel in range(images.shape[1]):
+        counts = np.bincount(images[:, channel].ravel(), minlength=256)
+        mean = float(counts @ levels / counts.sum())
+        std = float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum()))
+        if std == 0:
+            raise InputError(f"channel {channel} has the same value in every image; check the data")
+        means.append(mean)
+        stds.append(std)
+    return tuple(means), tuple(stds)
+
+
+def save_dataset(dataset: Dataset, path: Path) -> None:
+    """Write the dataset atomically; the same dataset gives the same bytes."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, split in dataset.splits.items():
+        tensors[f"{name}.images"] = np.ascontiguousarray(split.images)
+        tensors[f"{name}.labels"] = np.ascontiguousarray(split.labels)
+    described = {
+        "name": dataset.name,
+        "classes": dataset.classes,
+        "image_shape": dataset.image_shape,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "source": dataset.source,
+        "seed": dataset.seed,
+        "sha256": _digest(tensors),
+    }
+    # One metadata key: safetensors keeps several in no fixed order, and DVC compares bytes.
+    write_bytes(path, save(tensors, {"dataset": json.dumps(described)}))
+
+
+def load_dataset(path: Path, splits: Sequence[str]) -> Dataset:
+    """Read only the named splits.
+
+    A stage names what it may look at, so `calibration` and `test` stay out of training. Errors:
+    InputError when the file is missing, truncated or not a dataset.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            described = json.loads((file.metadata() or {})["dataset"])
+            read = {
+                name: Split(file.get_tensor(f"{name}.images"), file.get_tensor(f"{name}.labels"))
+                for name in splits
+            }
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; `dvc repro download` builds it") from None
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{path} is truncated or not a dataset file ({error}); delete it and run "
+            "`dvc repro download`"
+        ) from error
+    return Dataset(
+        name=described["name"],
+        classes=tuple(described["classes"]),
+        image_shape=tuple(described["image_shape"]),
+        mean=tuple(described["mean"]),
+        std=tuple(described["std"]),
+        source=described["source"],
+        seed=described["seed"],
+        sha256=described["sha256"],
+        splits=read,
+    )
+
+
+def _digest(tensors: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What runs on the device: numpy and onnxruntime only, no other room."""

@@ -1,0 +1,35 @@
+"""ONNX Runtime sessions as every part of EdgeKE opens them."""
+
+from pathlib import Path
+
+import onnxruntime
+
+from edgeke.device.errors import DeviceError
+
+__all__ = ["open_session"]
+
+
+def open_session(model: Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
+    """A CPU session on `threads` threads that does not spin while idle.
+
+    Spinning pools of several sessions starve each other. Errors: DeviceError when the file is
+    missing or not a whole ONNX model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    name = str(model) if isinstance(model, Path) else "the model"
+    if isinstance(model, Path) and not model.is_file():
+        raise DeviceError(f"{model} is missing; copy the model to the device")
+    try:
+        return onnxruntime.InferenceSession(
+            str(model) if isinstance(model, Path) else model,
+            options,
+            providers=["CPUExecutionProvider"],
+        )
+    except Exception as error:  # ONNX Runtime raises classes of its own, below Exception
+        raise DeviceError(
+            f"{name} is truncated or not an ONNX model ({error}); copy or export it again"
+        ) from error

@@ -1,0 +1,1 @@
+"""ONNX: segments, composition into the one file with If nodes, parity."""

@@ -1,0 +1,1 @@
+"""Distances, objectives, orders, the fit loop and checkpoints."""

@@ -1,0 +1,1 @@
+"""Backbones as ordered blocks, exits, and the multi-exit network."""

@@ -1,0 +1,1 @@
+"""Scores, the vectorised cascade, thresholds and votes, on saved logits: no torch."""

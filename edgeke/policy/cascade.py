@@ -1,0 +1,54 @@
+"""The cascade over saved answers: every sample and every exit at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Outcome", "leave_at", "run_cascade", "vote"]
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the cascade answered: `exit` `[N]` in 0..E (E = voted), `probabilities` `[N, K]`."""
+
+    exit: Integers
+    probabilities: Floats
+
+    def shares(self, exits: int) -> tuple[float, ...]:
+        """Share of samples that pay for each exit, `[E]`; voted ones paid for the last."""
+        paid = np.minimum(self.exit, exits - 1)
+        return tuple((np.bincount(paid, minlength=exits) / len(paid)).tolist())
+
+    def accuracy(self, labels: Integers) -> float:
+        """Share of samples answered right."""
+        return float((self.probabilities.argmax(-1) == labels).mean())
+
+
+def leave_at(scores: Floats, thresholds: Sequence[float]) -> Integers:
+    """The first exit whose score exceeds its threshold, E where none does: `[E, N]` to `[N]`."""
+    sure = scores > np.asarray(thresholds, np.float32)[:, None]
+    return np.where(sure.any(axis=0), sure.argmax(axis=0), len(scores)).astype(np.int64)
+
+
+def vote(probabilities: Floats, votes: Sequence[float]) -> Floats:
+    """The exits' probabilities `[E, N, K]` averaged with weights `votes` `[E]`: `[N, K]`."""
+    weights = np.asarray(votes, np.float32)
+    averaged: Floats = np.tensordot(weights / weights.sum(), probabilities, axes=1)
+    return averaged.astype(np.float32)
+
+
+def run_cascade(
+    probabilities: Floats, scores: Floats, thresholds: Sequence[float], votes: Sequence[float]
+) -> Outcome:
+    """Answer every sample at the first exit that is sure, or by vote.
+
+    `probabilities` `[E, N, K]`, `scores` `[E, N]`, `thresholds` and `votes` `[E]`.
+    """
+    exit = leave_at(scores, thresholds)
+    answers = np.concatenate([probabilities, vote(probabilities, votes)[None]])
+    return Outcome(exit, answers[exit, np.arange(len(exit))])

@@ -1,0 +1,11 @@
+"""Exact intervals for shares."""
+
+from scipy.stats import binomtest
+
+__all__ = ["share_interval"]
+
+
+def share_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided Clopper-Pearson interval for a probability (Clopper & Pearson 1934)."""
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="exact")
+    return float(interval.low), float(interval.high)

@@ -1,0 +1,47 @@
+"""Thresholds from the shares of samples that are to leave."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeke.device.policy import ALWAYS, NEVER
+
+__all__ = ["threshold_for_share", "thresholds_for_proportions"]
+
+
+def threshold_for_share(scores: NDArray[np.float32], share: float) -> float:
+    """The threshold that lets the surest `share` of samples leave; scores `[N]`.
+
+    It lies halfway between two observed scores, so that rounding on another machine moves nobody
+    across. Equal scores leave or stay together, whichever comes nearer to `share`.
+    """
+    if len(scores) == 0 or share <= 0:
+        return NEVER
+    if share >= 1:
+        return ALWAYS
+    values, counts = np.unique(scores.astype(np.float32), return_counts=True)
+    leaving = np.append(np.cumsum(counts[::-1])[::-1], 0)
+    cut = int(np.abs(leaving - share * len(scores)).argmin())
+    if cut == 0:
+        return ALWAYS
+    if cut == len(values):
+        return NEVER
+    return float(np.float32((float(values[cut - 1]) + float(values[cut])) / 2))
+
+
+def thresholds_for_proportions(
+    scores: NDArray[np.float32], proportions: Sequence[float]
+) -> tuple[float, ...]:
+    """One threshold per exit: `proportions[e]` of the samples that reach exit e leave there.
+
+    `scores` `[E, N]`. The published code ranks all samples at every exit; counted over survivors
+    the shares are met.
+    """
+    reaching = np.arange(scores.shape[1])
+    thresholds = []
+    for at_exit, share in zip(scores, proportions, strict=True):
+        threshold = threshold_for_share(at_exit[reaching], share)
+        reaching = reaching[at_exit[reaching] <= np.float32(threshold)]
+        thresholds.append(threshold)
+    return tuple(thresholds)

@@ -1,0 +1,24 @@
+"""Weights of the vote that answers when no exit was sure."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["fit_votes"]
+
+_STEPS = 200
+
+
+def fit_votes(
+    probabilities: NDArray[np.float32], labels: NDArray[np.int64]
+) -> tuple[float, ...]:
+    """Weights `[E]`, summing to 1, under which the mixture of exits is most likely.
+
+    `probabilities` `[E, N, K]`. Expectation maximisation for mixture weights (Dempster et al.
+    1977): the likelihood is concave in them, and every step raises it.
+    """
+    of_label = probabilities[:, np.arange(len(labels)), labels].astype(np.float64) + 1e-12
+    weights = np.full(len(of_label), 1 / len(of_label))
+    for _ in range(_STEPS):
+        joint = weights[:, None] * of_label
+        weights = (joint / joint.sum(axis=0)).mean(axis=1)
+    return tuple(weights.tolist())

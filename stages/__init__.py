@@ -1,0 +1,3 @@
+"""Entries of the pipeline's stages: python -m stages.<name>, from the repository's root."""
+
+__all__: list[str] = []

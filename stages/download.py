@@ -1,0 +1,23 @@
+"""The source's images -> data/dataset.safetensors."""
+
+import sys
+from pathlib import Path
+
+from edgeke.data.dataset import save_dataset
+from edgeke.data.sources import read_source
+from edgeke.download import download
+from edgeke.params import Params
+from edgeke.tracking import Run
+from stages._entry import entry
+
+
+def run(params: Params, log: Run) -> dict[str, float]:
+    source = params.profile.data
+    found = read_source(source, Path(params.data.path))
+    dataset, metrics = download(found, source, params.profile_name, params.seed)
+    save_dataset(dataset, Path("data/dataset.safetensors"))
+    return metrics
+
+
+if __name__ == "__main__":
+    sys.exit(entry("download", run))

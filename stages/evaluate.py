@@ -1,0 +1,36 @@
+"""models/edgeke.onnx on the test split -> results/evaluate/."""
+
+import sys
+from pathlib import Path
+
+from edgeke.data.dataset import load_dataset
+from edgeke.device.policy import parse_policy
+from edgeke.evaluate import evaluate
+from edgeke.files import read_json, write_table
+from edgeke.params import Params
+from edgeke.tracking import Run
+from stages._entry import entry
+
+
+def run(params: Params, log: Run) -> dict[str, float]:
+    dataset = load_dataset(Path("data/dataset.safetensors"), ("test",))
+    exported = read_json(Path("results/export/metrics.json"))
+    policy = parse_policy(Path("models/policy.json").read_text())
+    names = ("main", "teacher")
+    evaluation = evaluate(
+        Path("models/edgeke.onnx"),
+        {name: Path(f"models/static/{name}.onnx") for name in names},
+        {name: exported[f"cost/{name}/macs"] for name in names},
+        policy,
+        dataset["test"],
+        params.evaluate,
+    )
+    results = Path("results/evaluate")
+    write_table(results / "frontier.csv", evaluation.frontier)
+    write_table(results / "exit_shares.csv", evaluation.shares)
+    log.headline(evaluation.headline(policy, read_json(Path("results/calibrate/metrics.json"))))
+    return evaluation.metrics
+
+
+if __name__ == "__main__":
+    sys.exit(entry("evaluate", run))

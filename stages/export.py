@@ -1,0 +1,26 @@
+"""BranchyNet and teacher -> models/segments/ and models/static/{teacher,main}.onnx."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from edgeke.data.dataset import load_dataset
+from edgeke.export import export
+from edgeke.learning.checkpoints import load_checkpoint
+from edgeke.params import Params
+from edgeke.tracking import Run
+from stages._entry import entry
+
+
+def run(params: Params, log: Run) -> dict[str, float]:
+    cpu = torch.device("cpu")
+    network, preprocessing = load_checkpoint(Path("models/branchynet"), cpu)
+    teacher, _ = load_checkpoint(Path("models/teacher"), cpu)
+    dataset = load_dataset(Path("data/dataset.safetensors"), ("validation",))
+    images = dataset["validation"].images
+    return export(network, teacher, preprocessing, images, params.export, Path("models"))
+
+
+if __name__ == "__main__":
+    sys.exit(entry("export", run))
