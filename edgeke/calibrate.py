@@ -17,7 +17,7 @@ from edgeke.graph.parity import check_close, check_exits
 from edgeke.graph.runner import channels_last
 from edgeke.params import Calibrate
 from edgeke.policy.cascade import run_cascade
-from edgeke.policy.frontier import answered_right, fit_frontier, judge
+from edgeke.policy.frontier import Samples, fit_frontier, judge
 from edgeke.policy.intervals import share_interval
 from edgeke.policy.scores import SCORES, calibrated_probabilities
 from edgeke.policy.temperatures import (
@@ -45,61 +45,64 @@ class Answers:
 
 
 def fit_policy(
-    validation: Answers, calibration: Answers, macs: Sequence[int], settings: Calibrate
+    validation: Answers,
+    calibration: Answers,
+    macs: Sequence[int],
+    main_macs: int,
+    settings: Calibrate,
 ) -> tuple[Policy, dict[str, float]]:
     """Fit temperatures, votes and operating points on validation; report them on calibration.
 
     Points: the full network, the one with the asked proportions, and the frontier, ordered
     cautious to bold. The default is the cheapest whose validation accuracy is not below the full
-    network's. Calibration is read after everything is frozen.
+    network's. Calibration is read after everything is frozen. `macs` `[E]` are given as shares of
+    the plain main network's `main_macs`.
     """
     temperatures = [fit_temperature(at_exit, validation.labels) for at_exit in validation.logits]
     score = SCORES[settings.score]
     probabilities = calibrated_probabilities(validation.logits, temperatures)
     scores = score(probabilities)
     votes = fit_votes(probabilities, validation.labels)
-    correct = answered_right(probabilities, validation.labels, votes)
+    samples = Samples.of(probabilities, scores, validation.labels, votes)
+    costs = [m / main_macs for m in macs]
 
-    full = judge(force_exit(len(scores) - 1, len(scores)), scores, correct, macs)
-    asked = judge(
-        thresholds_for_proportions(scores, settings.proportions), scores, correct, macs
-    )
-    frontier = fit_frontier(
-        probabilities, scores, validation.labels, votes, macs, settings.frontier_points
-    )
-    named = {"full": full, "proportions": asked}
-    for candidate in frontier:
-        named.setdefault(f"cost_{round(100 * candidate.cost / full.cost)}", candidate)
-    ordered = sorted(named, key=lambda name: (-named[name].cost, name != "full"))
-    no_worse = [name for name in ordered if named[name].accuracy >= full.accuracy]
+    candidates = {
+        "full": judge(force_exit(len(macs) - 1, len(macs)), samples, costs),
+        "proportions": judge(
+            thresholds_for_proportions(scores, settings.proportions), samples, costs
+        ),
+    }
+    frontier = fit_frontier(samples, costs, settings.frontier_points)
+    candidates |= {f"frontier_{i}": candidate for i, candidate in enumerate(frontier, 1)}
+    ordered = sorted(candidates, key=lambda name: (-candidates[name].cost, name != "full"))
+    enough = candidates["full"].accuracy
+    default = [name for name in ordered if candidates[name].accuracy >= enough][-1]
 
-    reported_probabilities = calibrated_probabilities(calibration.logits, temperatures)
-    reported_scores = score(reported_probabilities)
-    points, metrics = [], {}
+    frozen = calibrated_probabilities(calibration.logits, temperatures)
+    points: list[OperatingPoint] = []
+    metrics: dict[str, float] = {}
     for name in ordered:
-        candidate = named[name]
-        outcome = run_cascade(
-            reported_probabilities, reported_scores, candidate.thresholds, votes
+        candidate = candidates[name]
+        outcome = run_cascade(frozen, score(frozen), candidate.thresholds, votes)
+        accuracy, count = outcome.accuracy(calibration.labels), len(calibration.labels)
+        point = OperatingPoint(
+            name=name,
+            thresholds=candidate.thresholds,
+            votes=votes,
+            shares=outcome.shares(len(macs)),
+            voted=float((outcome.exit == len(macs)).mean()),
+            accuracy=accuracy,
+            accuracy_interval=share_interval(round(accuracy * count), count),
+            accuracy_samples=count,
         )
-        shares, accuracy = outcome.shares(len(scores)), outcome.accuracy(calibration.labels)
-        samples = len(calibration.labels)
-        interval = share_interval(round(accuracy * samples), samples)
-        voted = float((outcome.exit == len(scores)).mean())
-        points.append(
-            OperatingPoint(
-                name, candidate.thresholds, votes, shares, voted, accuracy, interval, samples
-            )
-        )
-        cost = float(np.dot(shares, macs))
+        points.append(point)
         metrics |= {
             f"validation/{name}/accuracy": candidate.accuracy,
-            f"validation/{name}/cost_share": candidate.cost / full.cost,
+            f"validation/{name}/cost_share": candidate.cost,
             f"calibration/{name}/accuracy": accuracy,
-            f"calibration/{name}/cost_share": cost / full.cost,
+            f"calibration/{name}/cost_share": float(np.dot(point.shares, costs)),
         }
-    policy = Policy(
-        settings.score, tuple(temperatures), tuple(macs), tuple(points), no_worse[-1]
-    )
+    policy = Policy(settings.score, tuple(temperatures), tuple(macs), tuple(points), default)
     return policy, metrics
 
 

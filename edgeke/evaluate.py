@@ -44,7 +44,7 @@ class Evaluation:
         for split in ("validation", "calibration"):
             for what in ("accuracy", "cost_share"):
                 headline[f"{split}/default/{what}"] = calibrated[f"{split}/{default}/{what}"]
-        for what in ("accuracy", "macs_share", "latency_ms_mean", "latency_ms_median"):
+        for what in ("accuracy", "cost_share", "latency_ms_mean", "latency_ms_median"):
             headline[f"test/default/{what}"] = self.metrics[f"test/{default}/{what}"]
         for name in ("main", "teacher"):
             headline[f"test/{name}/accuracy"] = self.metrics[f"test/{name}/accuracy"]
@@ -80,7 +80,7 @@ def evaluate(
         latency = measured["latency_ms"][timed]
         metrics[f"test/{name}/accuracy"] = float(right.mean())
         metrics[f"test/{name}/accuracy_low"], metrics[f"test/{name}/accuracy_high"] = low, high
-        metrics[f"test/{name}/macs_share"] = macs / static_macs["main"]
+        metrics[f"test/{name}/cost_share"] = macs / static_macs["main"]
         metrics.update({f"test/{name}/latency_ms_{key}": ms for key, ms in latency.items()})
         frontier.append(
             {

@@ -70,7 +70,7 @@ def export(
         write_bytes(models / "segments" / name, model)
     for name, model in static.items():
         write_bytes(models / "static" / f"{name}.onnx", model)
-    manifest = Manifest(names, macs, preprocessing.classes, (size, size, channels))
+    manifest = Manifest(names, macs, plain[0], preprocessing.classes, (size, size, channels))
     manifest.write(models / "segments")
     return metrics
 

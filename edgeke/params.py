@@ -292,11 +292,15 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
         raise InputError(f"{where}: `profiles` must hold at least one profile")
     if name not in profiles:
         raise InputError(
-            f"{where}: profile = {name!r} does not exist; use one of {', '.join(map(str, profiles))}"
+            f"{where}: profile = {name!r} does not exist; use one of "
+            f"{', '.join(map(str, profiles))}"
         )
-    built = {key: _build(Profile, block, f"profiles.{key}", where) for key, block in profiles.items()}
+    built = {
+        key: _build(Profile, block, f"profiles.{key}", where) for key, block in profiles.items()
+    }
     values |= {"profile_name": name, "profile": built[name]}
-    return _build(Params, values, "", where)
+    params: Params = _build(Params, values, "", where)
+    return params
 
 
 def flatten(params: Params) -> dict[str, str | int | float | bool]:
@@ -327,7 +331,9 @@ def _build(kind: Any, value: Any, key: str, where: str) -> Any:
         if name not in hints or name == "profile_name" and key:
             close = difflib.get_close_matches(str(name), hints, n=1)
             meant = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(hints)}"
-            raise InputError(f"{where}: unknown key `{_join(key, name)}` = {value[name]!r}; {meant}")
+            raise InputError(
+                f"{where}: unknown key `{_join(key, name)}` = {value[name]!r}; {meant}"
+            )
     arguments = {}
     for name, hint in hints.items():
         full = _join(key, name)

@@ -32,7 +32,9 @@ def run(params: Params, log: Run) -> dict[str, float]:
         for name, split in dataset.splits.items()
     }
     validation, calibration = answers["validation"], answers["calibration"]
-    policy, metrics = fit_policy(validation, calibration, manifest.macs, params.calibrate)
+    policy, metrics = fit_policy(
+        validation, calibration, manifest.macs, manifest.main_macs, params.calibrate
+    )
     metrics |= exit_quality(validation, policy.temperatures, "validation")
     metrics |= exit_quality(calibration, policy.temperatures, "calibration")
     model = compose(segments, policy, manifest.classes, manifest.image_shape)

@@ -15,9 +15,7 @@ __all__ = ["SPLITS", "duplicates_across", "split_indices"]
 SPLITS = ("train", "validation", "calibration", "test")
 
 
-def split_indices(
-    found: LabelledImages, source: Source, seed: int
-) -> dict[str, NDArray[np.int64]]:
+def split_indices(found: LabelledImages, source: Source, seed: int) -> dict[str, NDArray[np.int64]]:
     """Indices of each split: disjoint, stratified by class, the same for the same seed.
 
     Sizes come from the profile; `test` is cut first unless the source has its own. Every split
@@ -72,9 +70,7 @@ def duplicates_across(
     }
 
 
-def _check_enough(
-    found: LabelledImages, rest: NDArray[np.int64], name: str, count: int
-) -> None:
+def _check_enough(found: LabelledImages, rest: NDArray[np.int64], name: str, count: int) -> None:
     classes = len(found.classes)
     counts = np.bincount(found.labels[rest], minlength=classes)
     if counts.min() < 2:

@@ -58,7 +58,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         thresholds = force_exit(exit, len(policy.macs))
         contenders[f"exit_{exit}"] = _cascade(session, thresholds, policy.points[0].votes)
     for name, static in statics.items():
-        contenders[name] = lambda image, static=static: static.run(None, {"image": image})
+        contenders[name] = _static(static)
     latencies, exits = _time(contenders, images[: job["latency_images"]])
     files = {"edgeke": job["model"], **job["static"]}
     return {
@@ -91,6 +91,10 @@ def _cascade(session: Any, thresholds: tuple[float, ...], votes: tuple[float, ..
         "votes": np.asarray(votes, np.float32),
     }
     return lambda image: session.run(None, {"image": image, **feeds})
+
+
+def _static(session: Any) -> Any:
+    return lambda image: session.run(None, {"image": image})
 
 
 def _force(

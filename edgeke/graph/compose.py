@@ -80,9 +80,7 @@ def _level(
         nodes.append(helper.make_node("Identity", [before], [segment.input[0].name]))
     nodes += [
         *segment.node,
-        helper.make_node(
-            "Div", [segment.output[0].name, f"{name}temperature"], [f"{name}scaled"]
-        ),
+        helper.make_node("Div", [segment.output[0].name, f"{name}temperature"], [f"{name}scaled"]),
         helper.make_node("Softmax", [f"{name}scaled"], [f"{name}probabilities"], axis=1),
         *_score_nodes(score, f"{name}probabilities", f"{name}score"),
         helper.make_node("Gather", ["thresholds", f"{name}index"], [f"{name}threshold"]),

@@ -13,10 +13,14 @@ _NAME = "segments.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Files in order, MACs per exit `[E]`, class names, image shape `(H, W, C)`."""
+    """Files in order, MACs per exit `[E]`, class names, image shape `(H, W, C)`.
+
+    `main_macs` are those of the main exit without the other exits' branches: the plain network.
+    """
 
     segments: tuple[str, ...]
     macs: tuple[int, ...]
+    main_macs: int
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
 
@@ -29,8 +33,14 @@ class Manifest:
         """Read `folder/segments.json`. Errors: InputError when it is missing or incomplete."""
         content = read_json(folder / _NAME)
         try:
-            return cls(**{key: tuple(value) for key, value in content.items()})
-        except (TypeError, AttributeError) as error:
+            return cls(
+                segments=tuple(content["segments"]),
+                macs=tuple(content["macs"]),
+                main_macs=content["main_macs"],
+                classes=tuple(content["classes"]),
+                image_shape=tuple(content["image_shape"]),
+            )
+        except (TypeError, KeyError) as error:
             raise InputError(
                 f"{folder / _NAME} is incomplete ({error}); run `dvc repro -f export`"
             ) from error

@@ -17,14 +17,16 @@ __all__ = ["export_segments", "export_static"]
 class _Preprocess(nn.Module):
     """uint8 `[N, H, W, C]` to normalised float32 `[N, C, H, W]`."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1) * 255)
 
     def forward(self, image: Tensor) -> Tensor:
-        out: Tensor = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        return out
+        return (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
 
 
 class _Segment(nn.Module):

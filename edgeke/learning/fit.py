@@ -117,7 +117,7 @@ def fit(
             labels = images.train_labels[batch]
             outcome = objective(network, images.normalise(inputs), labels)
             optimiser.zero_grad()
-            outcome["loss"].backward()
+            outcome["loss"].backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
             correct = (outcome["logits"].detach().argmax(-1) == labels).float().mean()
@@ -174,7 +174,7 @@ def predict(network: nn.Module, images: Tensor, normalise: Normalise) -> Tensor:
     """Logits `[E, N, K]` of uint8 images `[N, C, H, W]`, in evaluation mode."""
     training = network.training
     network.eval()
-    parts = [network(normalise(batch)) for batch in images.split(_PREDICT_BATCH)]
+    parts = [network(normalise(batch)) for batch in torch.split(images, _PREDICT_BATCH)]
     network.train(training)
     return torch.cat(parts, dim=1)
 

@@ -55,6 +55,11 @@ class BranchyNet(nn.Module):
             features = block(features)
         return features
 
+    def _exit(self, exit: int) -> Exit:
+        module = self.exits[exit]
+        assert isinstance(module, Exit)
+        return module
+
     def load_branch(self, exit: int, branch: "BranchyNet") -> None:
         """Take over trunk and exit from a branch that was trained alone."""
         if branch.architecture != self.architecture.branch(exit):
@@ -64,7 +69,7 @@ class BranchyNet(nn.Module):
 
     def warm_start(self, exit: int) -> None:
         """Start a branch's body from the weights of the trunk block it is a copy of."""
-        own = self.exits[exit].body
+        own = self._exit(exit).body
         own.load_state_dict(self.trunk[self.attached[exit] :][: len(own)].state_dict())
 
     def branch(self, exit: int) -> "BranchyNet":

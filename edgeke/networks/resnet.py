@@ -26,8 +26,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        out = self.relu(out + self.downsample(x))
-        return out
+        activated: Tensor = self.relu(out + self.downsample(x))
+        return activated
 
 
 def block_channels(architecture: Architecture, name: str) -> int:
@@ -59,5 +59,3 @@ def _initialise(block: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return block
-
-

@@ -8,9 +8,7 @@ __all__ = ["fit_votes"]
 _STEPS = 200
 
 
-def fit_votes(
-    probabilities: NDArray[np.float32], labels: NDArray[np.int64]
-) -> tuple[float, ...]:
+def fit_votes(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, ...]:
     """Weights `[E]`, summing to 1, under which the mixture of exits is most likely.
 
     `probabilities` `[E, N, K]`. Expectation maximisation for mixture weights (Dempster et al.
