@@ -8,7 +8,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -283,6 +283,8 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
     Errors: InputError naming key, value and remedy. Every profile is checked, so a typo in one
     that is not chosen is found too.
     """
+    sections = [field.name for field in fields(Params) if field.name != "profile_name"]
+    _check_keys(content, [*sections, "profiles"], "", where)
     values = dict(content)
     for key in ("profile", "profiles"):
         if key not in values:
@@ -327,13 +329,7 @@ def _build(kind: Any, value: Any, key: str, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: {key} = {value!r} must be a section with keys of its own")
     hints = typing.get_type_hints(kind)
-    for name in value:
-        if name not in hints or name == "profile_name" and key:
-            close = difflib.get_close_matches(str(name), hints, n=1)
-            meant = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(hints)}"
-            raise InputError(
-                f"{where}: unknown key `{_join(key, name)}` = {value[name]!r}; {meant}"
-            )
+    _check_keys(value, hints, key, where)
     arguments = {}
     for name, hint in hints.items():
         full = _join(key, name)
@@ -352,6 +348,16 @@ def _build(kind: Any, value: Any, key: str, where: str) -> Any:
         shown = list(shown) if isinstance(shown, tuple) else shown
         full = _join(key, error.field)
         raise InputError(f"{where}: {full} = {shown!r} is out of range; {error}") from None
+
+
+def _check_keys(value: Mapping[str, Any], known: Iterable[str], key: str, where: str) -> None:
+    for name in value:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            meant = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+            raise InputError(
+                f"{where}: unknown key `{_join(key, name)}` = {value[name]!r}; {meant}"
+            )
 
 
 def _join(key: str, name: object) -> str:

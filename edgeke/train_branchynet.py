@@ -41,8 +41,6 @@ def train_branchynet(
     network.to(device)
     rows: dict[int, dict[str, float]] = {}
     for phase in ORDERS[order](network.attached):
-        if order == "asynchronous":
-            network.warm_start(phase.exit)
 
         def on_phase_epoch(epoch: int, row: dict[str, float], exit: int = phase.exit) -> None:
             named = {_at_exit(key, exit): value for key, value in row.items()}

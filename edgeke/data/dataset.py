@@ -61,7 +61,7 @@ def channel_statistics(
         counts = np.bincount(images[:, channel].ravel(), minlength=256)
         mean = float(counts @ levels / counts.sum())
         std = float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum()))
-        if std == 0:
+        if np.count_nonzero(counts) == 1:
             raise InputError(f"channel {channel} has the same value in every image; check the data")
         means.append(mean)
         stds.append(std)

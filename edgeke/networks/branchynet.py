@@ -55,22 +55,12 @@ class BranchyNet(nn.Module):
             features = block(features)
         return features
 
-    def _exit(self, exit: int) -> Exit:
-        module = self.exits[exit]
-        assert isinstance(module, Exit)
-        return module
-
     def load_branch(self, exit: int, branch: "BranchyNet") -> None:
         """Take over trunk and exit from a branch that was trained alone."""
         if branch.architecture != self.architecture.branch(exit):
             raise ValueError(f"not exit {exit} of this network: {branch.architecture}")
         self.trunk[: self.attached[exit]].load_state_dict(branch.trunk.state_dict())
         self.exits[exit].load_state_dict(branch.exits[0].state_dict())
-
-    def warm_start(self, exit: int) -> None:
-        """Start a branch's body from the weights of the trunk block it is a copy of."""
-        own = self._exit(exit).body
-        own.load_state_dict(self.trunk[self.attached[exit] :][: len(own)].state_dict())
 
     def branch(self, exit: int) -> "BranchyNet":
         """A copy of exit `exit` seen alone."""

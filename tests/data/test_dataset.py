@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeke.data.dataset import Dataset, channel_statistics, load_dataset, save_dataset
+from edgeke.errors import InputError
+
+
+def test_round_trip_reads_only_what_is_named(dataset: Dataset, dataset_file: Path):
+    read = load_dataset(dataset_file, ("train",))
+    assert set(read.splits) == {"train"}
+    assert (read["train"].images == dataset["train"].images).all()
+    assert (read["train"].labels == dataset["train"].labels).all()
+    assert (read.mean, read.std, read.classes) == (dataset.mean, dataset.std, dataset.classes)
+    assert len(read.sha256) == 64
+
+
+def test_the_same_dataset_gives_the_same_bytes(dataset: Dataset, tmp_path: Path):
+    for name in ("a", "b"):
+        save_dataset(dataset, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_statistics_are_those_of_a_direct_computation():
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 8, 8)).astype(np.uint8)
+    mean, std = channel_statistics(images)
+    scaled = images / 255
+    assert np.allclose(mean, scaled.mean(axis=(0, 2, 3)), atol=1e-12)
+    assert np.allclose(std, scaled.std(axis=(0, 2, 3)), atol=1e-12)
+    with pytest.raises(InputError, match="channel 0 has the same value"):
+        channel_statistics(np.full((5, 1, 8, 8), 7, np.uint8))
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "empty"])
+def test_a_damaged_file_is_refused(dataset_file: Path, damage: str):
+    content = dataset_file.read_bytes()
+    damaged = {"cut": content[:-100], "foreign": b"PK" + content[2:], "empty": b""}[damage]
+    dataset_file.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"truncated or not a dataset.*dvc repro download"):
+        load_dataset(dataset_file, ("train",))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="missing"):
+        load_dataset(tmp_path / "dataset.safetensors", ("train",))

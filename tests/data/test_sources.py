@@ -1,0 +1,145 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from toys import replace
+
+from edgeke.data.sources import read_source
+from edgeke.errors import InputError
+from edgeke.params import Source
+
+FOLDER = Source(
+    source="image_folder",
+    image_size=8,
+    channels=3,
+    fit="exact",
+    validation=0.2,
+    calibration=0.2,
+    test=0.2,
+)
+
+
+def paint(path: Path, value: int, size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 0, 255 - value)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for label, name in enumerate(("bolt", "nut")):
+        for i in range(3):
+            paint(tmp_path / name / f"{i}.png", 100 * label + i)
+    return tmp_path
+
+
+def test_digits_are_the_real_ones_at_the_asked_size():
+    found = read_source(
+        replace(FOLDER, source="digits", channels=1, image_size=16, fit="resize", test=100),
+        Path(),
+    )
+    assert found.images.shape == (1797, 1, 16, 16)
+    assert found.images.dtype == np.uint8
+    assert found.images.max() == 255
+    assert found.classes == tuple("0123456789")
+    assert np.bincount(found.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+def test_one_folder_is_read_in_class_order(folder: Path):
+    found = read_source(FOLDER, folder)
+    assert found.classes == ("bolt", "nut")
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
+    assert found.train == 6
+
+
+def test_train_and_test_folders_keep_their_split(tmp_path: Path):
+    for part, count in (("train", 4), ("test", 2)):
+        for name in ("bolt", "nut"):
+            for i in range(count):
+                paint(tmp_path / part / name / f"{i}.png", i)
+    found = read_source(replace(FOLDER, test=None), tmp_path)
+    assert (found.train, len(found.labels)) == (8, 12)
+    (tmp_path / "test" / "washer").mkdir()
+    with pytest.raises(InputError, match="only one of them: washer"):
+        read_source(replace(FOLDER, test=None), tmp_path)
+
+
+def test_grey_and_resized(folder: Path):
+    paint(folder / "nut" / "large.png", 50, (20, 12))
+    source = replace(FOLDER, channels=1, fit="resize")
+    assert read_source(source, folder).images.shape == (7, 1, 8, 8)
+
+
+def test_a_misfit_is_named_with_its_size_and_the_way_out(folder: Path):
+    paint(folder / "nut" / "large.png", 50, (20, 12))
+    with pytest.raises(InputError, match=r"large\.png is 20x12, not 8x8.*fit: resize"):
+        read_source(FOLDER, folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n broken"])
+def test_a_corrupt_image_is_named(folder: Path, content: bytes):
+    (folder / "nut" / "bad.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"nut/bad\.png cannot be read as an image"):
+        read_source(FOLDER, folder)
+
+
+def test_a_truncated_image_is_named(folder: Path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)).save(
+        buffer, "png"
+    )
+    (folder / "nut" / "cut.png").write_bytes(buffer.getvalue()[:-40])
+    with pytest.raises(InputError, match=r"cut\.png cannot be read"):
+        read_source(FOLDER, folder)
+
+
+def test_missing_empty_and_lonely_classes(folder: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="not a folder"):
+        read_source(FOLDER, folder / "nowhere")
+    empty = tmp_path / "nothing"
+    empty.mkdir()
+    with pytest.raises(InputError, match="no class folders"):
+        read_source(FOLDER, empty)
+    empty.rmdir()
+    for file in (folder / "nut").iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match=r"class folder .*nut holds no images"):
+        read_source(FOLDER, folder)
+    (folder / "nut").rmdir()
+    with pytest.raises(InputError, match=r"only one class \(bolt\)"):
+        read_source(FOLDER, folder)
+
+
+def test_cifar_offline_says_what_to_do(tmp_path: Path, monkeypatch):
+    from torchvision import datasets
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(datasets, "CIFAR100", unreachable)
+    with pytest.raises(InputError, match=r"cifar100 could not be downloaded.*image_folder"):
+        read_source(replace(FOLDER, source="cifar100", test=None), tmp_path)
+
+
+def test_cifar_is_read_as_torchvision_gives_it(tmp_path: Path, monkeypatch):
+    from torchvision import datasets
+
+    class Stored:
+        classes = ("a", "b")
+
+        def __init__(self, root: Path, train: bool, download: bool) -> None:
+            assert download
+            count = 6 if train else 2
+            self.data = np.full((count, 8, 8, 3), (1, 2, 3), np.uint8)
+            self.targets = [i % 2 for i in range(count)]
+
+        def __len__(self) -> int:
+            return len(self.data)
+
+    monkeypatch.setattr(datasets, "CIFAR10", Stored)
+    found = read_source(replace(FOLDER, source="cifar10", test=None), tmp_path)
+    assert found.images.shape == (8, 3, 8, 8)
+    assert found.images[0, :, 0, 0].tolist() == [1, 2, 3]
+    assert found.train == 6

@@ -1,0 +1,130 @@
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from toys import CLASSES, SIZE
+
+from edgeke.data.augment import Normalise
+from edgeke.device.policy import force_exit
+from edgeke.device.session import open_session
+from edgeke.errors import InputError
+from edgeke.graph.compose import compose_cascade
+from edgeke.graph.parity import check_close, check_exits
+from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.graph.segments import export_segments, export_static
+from edgeke.learning.fit import predict
+from edgeke.policy.cascade import run_cascade
+from edgeke.policy.scores import calibrated_probabilities, max_probability
+
+TEMPERATURES = (0.8, 1.3, 2.0)
+
+
+@pytest.fixture
+def images(dataset) -> np.ndarray:
+    return dataset["validation"].images
+
+
+@pytest.fixture
+def segments(network, dataset) -> list[onnx.ModelProto]:
+    return export_segments(network, dataset.mean, dataset.std, SIZE)
+
+
+def torch_logits(network, dataset, images) -> np.ndarray:
+    normalise = Normalise(dataset.mean, dataset.std, torch.device("cpu"))
+    return predict(network, torch.from_numpy(images), normalise).numpy()
+
+
+def run_file(model: onnx.ModelProto, images, thresholds, votes):
+    session = open_session(model.SerializeToString())
+    feeds = {"thresholds": np.float32(thresholds), "votes": np.float32(votes)}
+    answers = [session.run(None, {"image": image[None], **feeds}) for image in images]
+    return np.concatenate([a[0] for a in answers]), np.concatenate([a[1] for a in answers])
+
+
+def composed(segments, score="max_probability") -> onnx.ModelProto:
+    return compose_cascade(
+        segments,
+        score=score,
+        temperatures=TEMPERATURES,
+        image_shape=(SIZE, SIZE, 1),
+        classes=len(CLASSES),
+        metadata={"policy": "{}"},
+    )
+
+
+def test_segments_equal_pytorch_for_any_batch(network, dataset, images, segments):
+    models = [segment.SerializeToString() for segment in segments]
+    expected = torch_logits(network, dataset, images)
+    for count in (1, 7, len(images)):
+        found = segment_logits(models, channels_last(images[:count]), 1)
+        assert np.allclose(found, expected[:, :count], atol=1e-4)
+
+
+def test_static_network_is_the_last_exit_alone(network, dataset, images):
+    model = export_static(network, dataset.mean, dataset.std, SIZE).SerializeToString()
+    found = segment_logits([model], channels_last(images), 1)
+    assert np.allclose(found[0], torch_logits(network, dataset, images)[-1], atol=1e-4)
+
+
+def test_files_load_from_the_oldest_runtime_on(segments):
+    for model in (*segments, composed(segments)):
+        assert model.ir_version == 8
+        assert [(s.domain, s.version) for s in model.opset_import] == [("", 18)]
+        onnx.checker.check_model(model)
+
+
+def test_the_composed_file_equals_the_vectorised_cascade(segments, images):
+    pixels = channels_last(images)
+    logits = segment_logits([s.SerializeToString() for s in segments], pixels, 1)
+    probabilities = calibrated_probabilities(logits, TEMPERATURES)
+    scores = max_probability(probabilities)
+    model, votes = composed(segments), (0.3, 0.3, 0.4)
+    middle = tuple(float(np.median(s)) + 1e-4 for s in scores)
+    seen = set()
+    for thresholds in [middle, (0.99, 0.5, 0.2), *(force_exit(e, 3) for e in range(4))]:
+        answer, exit = run_file(model, pixels, thresholds, votes)
+        expected = run_cascade(probabilities, scores, thresholds, votes)
+        assert (exit == expected.exit).all()
+        assert np.allclose(answer, expected.probabilities, atol=1e-5)
+        seen |= set(exit.tolist())
+    assert seen == {0, 1, 2, 3}
+
+
+def test_later_weights_live_behind_the_branch_that_needs_them(segments):
+    model = composed(segments)
+    outer = {tensor.name for tensor in model.graph.initializer}
+    assert not any(name.startswith(("s1_", "s2_")) for name in outer)
+    assert any(name.startswith("s0_") for name in outer)
+    conditional = [node for node in model.graph.node if node.op_type == "If"]
+    assert len(conditional) == 1
+
+
+def test_an_unknown_score_has_no_graph(segments):
+    with pytest.raises(ValueError, match="score 'luck' has no graph"):
+        composed(segments, score="luck")
+
+
+def test_parity_reports_and_refuses():
+    a = np.zeros((2, 3), np.float32)
+    assert check_close("x", a, a + 1e-6, 1e-4) == pytest.approx(1e-6)
+    with pytest.raises(InputError, match=r"exit_0 in ONNX is off by 1\.00e-01"):
+        check_close("exit_0 in ONNX", a, a + 0.1, 1e-4)
+    with pytest.raises(InputError, match="off by nan"):
+        check_close("x", a, a + np.nan, 1e-4)
+
+
+def test_exits_may_differ_only_at_ties():
+    scores = np.array([[0.5, 0.9], [0.1, 0.1]], np.float32)
+    thresholds = np.array([0.5, 0.5], np.float32)
+    assert check_exits(np.array([0, 0]), np.array([2, 0]), scores, thresholds, 1e-5) == 1
+    with pytest.raises(InputError, match="leaves at exit 1 where the cascade leaves at 0"):
+        check_exits(np.array([2, 1]), np.array([2, 0]), scores, thresholds, 1e-5)
+
+
+def test_composing_needs_no_torch():
+    code = "import sys, edgeke.graph.compose, edgeke.graph.runner; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

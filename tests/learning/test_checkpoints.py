@@ -1,0 +1,64 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from toys import SIZE
+
+from edgeke.errors import InputError
+from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
+from edgeke.params import KD
+
+CPU = torch.device("cpu")
+PREPROCESSING = Preprocessing((0.5,), (0.25,), (1, SIZE, SIZE), ("down", "left", "up"))
+
+
+@pytest.fixture
+def saved(network, tmp_path: Path) -> Path:
+    path = tmp_path / "models" / "net"
+    save_checkpoint(
+        network,
+        path,
+        preprocessing=PREPROCESSING,
+        params={"seed": 0, "kd": KD("kl", 0.5, 4.0)},
+        metrics={"validation/accuracy": 0.5},
+    )
+    return path
+
+
+def test_round_trip(network, saved: Path):
+    read, preprocessing = load_checkpoint(saved, CPU)
+    assert preprocessing == PREPROCESSING
+    assert not read.training
+    images = torch.randn(3, 1, SIZE, SIZE)
+    with torch.no_grad():
+        assert torch.equal(read(images), network(images))
+    described = json.loads(saved.with_suffix(".json").read_text())
+    assert described["params"]["kd"] == {"distance": "kl", "beta": 0.5, "temperature": 4.0}
+    assert described["metrics"] == {"validation/accuracy": 0.5}
+    assert "git_commit" in described
+
+
+@pytest.mark.parametrize("keep", [0, 20, -10])
+def test_a_truncated_file_is_refused(saved: Path, keep: int):
+    weights = saved.with_suffix(".safetensors")
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"net\.safetensors is truncated or not the checkpoint"):
+        load_checkpoint(saved, CPU)
+
+
+def test_weights_of_another_network_are_refused(saved: Path):
+    file = saved.with_suffix(".json")
+    described = json.loads(file.read_text())
+    described["architecture"]["width"] = 8
+    file.write_text(json.dumps(described))
+    with pytest.raises(InputError, match="not the checkpoint its JSON describes"):
+        load_checkpoint(saved, CPU)
+
+
+def test_missing_files_are_named(saved: Path):
+    saved.with_suffix(".safetensors").unlink()
+    with pytest.raises(InputError, match=r"net\.safetensors is missing; `dvc repro`"):
+        load_checkpoint(saved, CPU)
+    with pytest.raises(InputError, match=r"other\.json is missing"):
+        load_checkpoint(saved.with_name("other"), CPU)

@@ -1,0 +1,83 @@
+import copy
+
+import pytest
+import torch
+from toys import CLASSES, SIZE, randomise
+
+from edgeke.networks.architecture import Architecture
+from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.cost import exit_macs
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(5, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_every_exit_answers(network, images):
+    logits = network(images)
+    assert logits.shape == (3, 5, len(CLASSES))
+    assert (logits.std(dim=1) > 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exit", [0, 1, 2])
+def test_a_branch_seen_alone_equals_the_same_exit(network, images, exit):
+    assert torch.equal(network.branch(exit)(images)[0], network(images)[exit])
+
+
+@torch.no_grad()
+def test_a_branch_taken_over_answers_as_it_did_alone(network, architecture, images):
+    alone = randomise(BranchyNet(architecture.branch(1)), seed=5)
+    network.load_branch(1, alone)
+    assert torch.equal(network(images)[1], alone(images)[0])
+    with pytest.raises(ValueError, match="not exit 0"):
+        network.load_branch(0, alone)
+
+
+def test_a_copy_shares_no_memory(network):
+    before = copy.deepcopy(network.state_dict())
+    with torch.no_grad():
+        for parameter in network.branch(2).parameters():
+            parameter.zero_()
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+def test_the_trunk_is_computed_once(network, images):
+    calls = []
+    for number, block in enumerate(network.trunk):
+        block.register_forward_hook(lambda *_, number=number: calls.append(number))
+    network(images)
+    assert calls == list(range(len(network.trunk)))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34"])
+def test_the_backbone_is_torchvisions_resnet(backbone):
+    """Same weights, same function: torchvision's network with the small-image stem."""
+    from torch import nn
+    from torchvision import models
+
+    ours = randomise(BranchyNet(Architecture.single(backbone, 64, 3, 10)))
+    theirs = getattr(models, backbone)(num_classes=10)
+    theirs.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    theirs.maxpool = nn.Identity()
+    theirs.load_state_dict(
+        dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)), strict=True
+    )
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(ours(images)[0], theirs.eval()(images), atol=1e-4, rtol=1e-4)
+
+
+def test_macs_of_the_papers_networks():
+    # REFERENCE: ResNet18 has 555 M MACs; exit 0 costs 75.8 % of it.
+    plain = exit_macs(BranchyNet(Architecture.single("resnet18", 64, 3, 100)), 32)[0]
+    assert plain == pytest.approx(555e6, rel=0.01)
+    network = BranchyNet(Architecture.with_layout("edgeke", "resnet18", 64, 3, 100)).train()
+    macs = exit_macs(network, 32)
+    assert macs[0] / plain == pytest.approx(0.758, abs=0.001)
+    assert macs[0] < macs[1] < macs[2]
+    # The reference computes layer3 twice and pays 134.8 %; a shared trunk cannot.
+    assert macs[2] / plain < 1.25
+    assert network.training

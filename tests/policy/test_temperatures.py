@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from edgeke.policy.intervals import share_interval
+from edgeke.policy.scores import calibrated_probabilities
+from edgeke.policy.temperatures import (
+    calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    reliability,
+)
+from edgeke.policy.votes import fit_votes
+
+
+def drawn(temperature: float, samples: int = 20_000):
+    """Logits whose labels were drawn at a known temperature."""
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 3, (samples, 4)).astype(np.float32)
+    probabilities = calibrated_probabilities(logits[None], [temperature])[0].astype(float)
+    cumulative = probabilities.cumsum(axis=1)
+    labels = (random.random((samples, 1)) * cumulative[:, -1:] > cumulative).sum(axis=1)
+    return logits, np.minimum(labels, 3)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_true_temperature_is_found(temperature):
+    logits, labels = drawn(temperature)
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
+
+
+def test_the_right_temperature_has_the_least_calibration_error():
+    logits, labels = drawn(3.0)
+    raw = calibrated_probabilities(logits[None], [1.0])[0]
+    scaled = calibrated_probabilities(logits[None], [3.0])[0]
+    assert calibration_error(raw, labels) > 0.1
+    assert calibration_error(scaled, labels) < 0.02
+    assert negative_log_likelihood(logits, labels, 3.0) < negative_log_likelihood(
+        logits, labels, 1.0
+    )
+
+
+def test_reliability_rows_by_hand():
+    probabilities = np.array([[0.95, 0.05], [0.92, 0.08], [0.55, 0.45]], np.float32)
+    rows = reliability(probabilities, np.array([0, 1, 0]))
+    assert [row["count"] for row in rows] == [1, 2]
+    assert rows[1]["accuracy"] == 0.5
+    assert rows[1]["confidence"] == pytest.approx(0.935)
+    expected = (2 * abs(0.5 - 0.935) + abs(1 - 0.55)) / 3
+    assert calibration_error(probabilities, np.array([0, 1, 0]), bins=10) == pytest.approx(expected)
+
+
+def test_fitted_votes_beat_every_single_exit_and_equal_votes():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 3000)
+    exits = []
+    for strength in (0.2, 1.0, 2.0):
+        logits = random.normal(0, 1, (3000, 4))
+        logits[np.arange(3000), labels] += strength
+        exits.append(logits)
+    probabilities = calibrated_probabilities(np.array(exits, np.float32), [1.0] * 3)
+
+    def likelihood(votes):
+        mixed = np.tensordot(votes, probabilities, axes=1)
+        return np.log(mixed[np.arange(3000), labels]).mean()
+
+    votes = fit_votes(probabilities, labels)
+    assert sum(votes) == pytest.approx(1)
+    assert min(votes) >= 0
+    rivals = [*np.eye(3), np.full(3, 1 / 3), np.array([0.3, 0.3, 0.4])]
+    assert all(likelihood(votes) >= likelihood(rival) - 1e-6 for rival in rivals)
+
+
+def test_intervals_are_clopper_pearsons():
+    # No failure in n trials: the one-sided bound is 1 - (alpha / 2)^(1 / n).
+    low, high = share_interval(0, 50)
+    assert low == 0
+    assert high == pytest.approx(1 - 0.025 ** (1 / 50))

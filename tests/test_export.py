@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+import torch
+from toys import CLASSES, SIZE, randomise
+
+from edgeke.errors import InputError
+from edgeke.export import export
+from edgeke.graph.manifest import Manifest
+from edgeke.learning.checkpoints import Preprocessing
+from edgeke.networks.architecture import Architecture
+from edgeke.networks.branchynet import BranchyNet
+from edgeke.params import Export
+
+SETTINGS = Export(parity_images=50, parity_tolerance=1e-4)
+
+
+@pytest.fixture
+def teacher() -> BranchyNet:
+    return randomise(BranchyNet(Architecture.single("resnet10", 8, 1, 3)), seed=1)
+
+
+def test_everything_is_written_and_equal_to_pytorch(network, teacher, dataset, tmp_path: Path):
+    metrics = export(
+        network,
+        teacher,
+        Preprocessing.of(dataset),
+        dataset["validation"].images,
+        SETTINGS,
+        tmp_path,
+    )
+    manifest = Manifest.read(tmp_path / "segments")
+    assert manifest.classes == CLASSES
+    assert manifest.image_shape == (SIZE, SIZE, 1)
+    assert [metrics[f"cost/exit_{e}/macs"] for e in range(3)] == list(manifest.macs)
+    assert metrics["cost/main/macs"] == manifest.main_macs
+    for name in manifest.segments:
+        assert (tmp_path / "segments" / name).is_file()
+    for name in ("teacher", "main"):
+        assert (tmp_path / "static" / f"{name}.onnx").is_file()
+    for name in ("exit_0", "exit_1", "exit_2", "teacher", "main"):
+        assert 0 <= metrics[f"validation/{name}/parity_difference"] < 1e-4
+
+
+def test_a_graph_that_is_off_fails_and_writes_nothing(
+    network, teacher, dataset, tmp_path: Path, monkeypatch
+):
+    from edgeke.graph import segments
+
+    original = segments._Segment.forward
+
+    def wrong(self, features: torch.Tensor):
+        return original(self, features * 1.5)
+
+    monkeypatch.setattr(segments._Segment, "forward", wrong)
+    with pytest.raises(InputError, match=r"exit_0 in ONNX is off by .*export\.parity_tolerance"):
+        export(
+            network,
+            teacher,
+            Preprocessing.of(dataset),
+            dataset["validation"].images,
+            SETTINGS,
+            tmp_path,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_incomplete_manifest_is_refused(tmp_path: Path):
+    (tmp_path / "segments.json").write_text('{"segments": []}')
+    with pytest.raises(InputError, match="incomplete"):
+        Manifest.read(tmp_path)

@@ -1,0 +1,74 @@
+import errno
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from edgeke import files
+from edgeke.errors import InputError
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    target = tmp_path / "a" / "weights"
+    files.write_text(target, "old")
+
+    def write_half() -> None:
+        with files.replacing(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert target.read_text() == "old"
+    assert [p.name for p in target.parent.iterdir()] == ["weights"]
+
+
+def test_a_full_disk_is_named_and_changes_nothing(tmp_path: Path, monkeypatch):
+    target = tmp_path / "weights"
+    files.write_text(target, "old")
+
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"no space left while writing .*weights.*dvc gc"):
+        files.write_text(target, "new")
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_really_full_disk(tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        files.write_text(disk / "weights", "old")
+        with pytest.raises(InputError, match="no space left"):
+            files.write_bytes(disk / "weights", b"x" * 200_000)
+        assert (disk / "weights").read_text() == "old"
+        assert [p.name for p in disk.iterdir()] == ["weights"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_json_refuses_nan_and_reads_back(tmp_path: Path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "m.json", {"loss": float("nan")})
+    files.write_json(tmp_path / "m.json", {"loss": 0.5})
+    assert files.read_json(tmp_path / "m.json") == {"loss": 0.5}
+    with pytest.raises(InputError, match="missing"):
+        files.read_json(tmp_path / "none.json")
+    (tmp_path / "m.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        files.read_json(tmp_path / "m.json")
+
+
+def test_tables_are_csv(tmp_path: Path):
+    files.write_table(tmp_path / "t.csv", [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
+    assert (tmp_path / "t.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"

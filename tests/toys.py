@@ -1,0 +1,48 @@
+"""Small real things to test with: images that can be learnt, networks with random weights."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgeke.data.dataset import Split
+from edgeke.networks.branchynet import BranchyNet
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 8
+CLASSES = ("down", "left", "up")
+
+
+def make_split(count: int, seed: int) -> Split:
+    """Noise with a bright half that depends on the class: easy, but not trivial."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count, dtype=np.int64) % len(CLASSES)
+    images = random.integers(0, 160, (count, 1, SIZE, SIZE))
+    for image, label in zip(images, labels, strict=True):
+        half = (slice(SIZE // 2, None), slice(None)) if label == 0 else (slice(None), slice(0, 4))
+        half = (slice(0, 4), slice(None)) if label == 2 else half
+        image[0][half] += 60
+    return Split(images.astype(np.uint8), labels)
+
+
+def randomise(network: BranchyNet, seed: int = 0) -> BranchyNet:
+    """Give every weight and every batch-norm statistic a value of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if tensor.dtype == torch.float32:
+                noise = torch.rand(tensor.shape, generator=generator)
+                if "running_var" in name:
+                    tensor.copy_(0.5 + noise)
+                elif "bn" in name or ".1.running_mean" in name:
+                    tensor.add_(0.2 * noise)
+                elif name.endswith("weight") and tensor.dim() == 2:
+                    tensor.copy_(2 * noise - 1)
+    return network.eval()
+
+
+def replace(value: Any, **changes: Any) -> Any:
+    """`dataclasses.replace`, for terse tests."""
+    return dataclasses.replace(value, **changes)
