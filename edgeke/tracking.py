@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Run", "pipeline_state", "project_root", "stage_run", "store_uri"]
 
 _STATE = "edgeke.state"
+# What MLflow refuses in a metric's name; classes are named by the user's folders.
+_FORBIDDEN = re.compile(r"[^\w\-. :/]")
 _DVC_TAGS = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 
 
@@ -57,8 +60,8 @@ class _NoRun:
 class _MlflowRun:
     """One child run; every call names its run, nothing global is touched."""
 
-    def __init__(self, client: "MlflowClient", parent: str, child: str, root: Path) -> None:
-        self.client, self.parent, self.child, self.root = client, parent, child, root
+    def __init__(self, client: "MlflowClient", parent: str, child: str, slot: str) -> None:
+        self.client, self.parent, self.child, self.slot = client, parent, child, slot
 
     def epoch(self, epoch: int, row: Mapping[str, float]) -> None:
         self._log(self.child, row, epoch)
@@ -69,16 +72,19 @@ class _MlflowRun:
     def headline(self, metrics: Mapping[str, float]) -> None:
         self._log(self.parent, metrics, 0)
         for file in sorted(Path("results").glob("**/run.json")):
-            known = read_json(file)
-            if known["run_id"] and known["parent_run_id"] != self.parent:
-                slot = file.parent.relative_to("results").as_posix().replace("/", "@")
+            known, slot = read_json(file), file.parent.relative_to("results").as_posix()
+            other = known["run_id"] and known["parent_run_id"] != self.parent
+            if other and slot != self.slot:  # our own note is still that of the run before
                 self.client.set_tag(self.parent, f"edgeke.restored.{slot}", known["run_id"])
 
     def _log(self, run: str, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
+        metrics = [
+            Metric(_FORBIDDEN.sub("_", key)[:250], float(value), now, step)
+            for key, value in values.items()
+        ]
         for start in range(0, len(metrics), 1000):  # MLflow's limit for one batch
             self.client.log_batch(run, metrics[start : start + 1000])
 
@@ -124,7 +130,7 @@ def stage_run(slot: str, params: Params) -> Iterator[Run]:
     experiment, parent = _find_parent(client, params, project_root())
     tags = {"mlflow.parentRunId": parent, "mlflow.runName": name, **_tags(params)}
     child = client.create_run(experiment, tags=tags).info.run_id
-    run, status = _MlflowRun(client, parent, child, project_root()), "FAILED"
+    run, status = _MlflowRun(client, parent, child, slot), "FAILED"
     try:
         yield run
         status = "FINISHED"

@@ -1,0 +1,206 @@
+"""The whole pipeline, for real: DVC runs the tiny profile in a temporary clone."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from toys import ROOT
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.filterwarnings("ignore:::mlflow")]
+
+STAGES = [
+    "download", "train_teacher", "distill@0", "distill@1", "distill@2", "train_branchynet",
+    "export", "calibrate", "evaluate",
+]  # fmt: skip
+ENVIRONMENT = {
+    **{k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))},
+    "GIT_AUTHOR_NAME": "test",
+    "GIT_AUTHOR_EMAIL": "test@example.org",
+    "GIT_COMMITTER_NAME": "test",
+    "GIT_COMMITTER_EMAIL": "test@example.org",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def run(root: Path, *command: str, check: bool = True) -> str:
+    done = subprocess.run(
+        command,
+        cwd=root,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 or not check, done.stdout[-6000:]
+    return done.stdout
+
+
+def ran(output: str) -> list[str]:
+    """The stages that DVC ran, in order."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def metrics(root: Path, stage: str) -> dict[str, float]:
+    return json.loads((root / "results" / stage / "metrics.json").read_text())
+
+
+def parents(root: Path) -> list:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{root / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("edgeke")
+    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+    return [r for r in found if "mlflow.parentRunId" not in r.data.tags]
+
+
+def children(root: Path, parent: str) -> dict[str, object]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{root / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("edgeke")
+    found = client.search_runs(
+        [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"
+    )
+    return {r.info.run_name: r for r in found}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A clone of the working tree as it stands, committed, that has run `tiny` once."""
+    root = tmp_path_factory.mktemp("clone") / "edgeke"
+    run(ROOT, "git", "clone", "--quiet", str(ROOT), str(root))
+    listed = run(ROOT, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    run(root, "git", "add", "-A")
+    run(root, "git", "commit", "--quiet", "--allow-empty", "-m", "the tree under test")
+    output = run(root, "dvc", "exp", "run", "--name", "first", "-S", "profile=tiny")
+    assert ran(output) == STAGES
+    return root
+
+
+def test_every_stage_wrote_what_it_promises(clone: Path):
+    for stage in STAGES:
+        folder = clone / "results" / stage.replace("@", "/")
+        assert (folder / "metrics.json").is_file()
+        assert (folder / "run.json").is_file()
+    for name in ("teacher.json", "branches/2.safetensors", "edgeke.onnx", "static/main.onnx"):
+        assert (clone / "models" / name).is_file()
+    assert metrics(clone, "evaluate")["test/full/accuracy"] > 0.3  # ten classes
+    assert list(clone.glob("**/.*.tmp")) == []
+
+
+def test_the_distilled_main_branch_is_the_main_exit(clone: Path):
+    alone = metrics(clone, "distill/2")["validation/accuracy"]
+    assert metrics(clone, "train_branchynet")["validation/exit_2/accuracy"] == alone
+
+
+def test_mlflow_and_the_metrics_files_agree(clone: Path):
+    first = parents(clone)[0]
+    assert first.info.status == "FINISHED"
+    assert first.data.params["profile"] == "tiny"
+    assert first.data.tags["DVC_EXP_NAME"] == "first"
+    below = children(clone, first.info.run_id)
+    assert set(below) == set(STAGES)
+    for stage in STAGES:
+        written = metrics(clone, stage.replace("@", "/"))
+        logged = below[stage].data.metrics
+        assert {k: logged[k] for k in written} == pytest.approx(written)
+    measured = metrics(clone, "evaluate")
+    headline = first.data.metrics
+    assert headline["test/exit_2/accuracy"] == measured["test/exit_2/accuracy"]
+    assert "test/default/latency_ms_mean" in headline
+
+
+def test_a_second_repro_does_nothing(clone: Path):
+    output = run(clone, "dvc", "repro")
+    assert ran(output) == []
+    assert "up to date" in output
+
+
+def test_the_plots_draw(clone: Path):
+    shown = json.loads(run(clone, "dvc", "plots", "show", "--json"))
+    assert shown.get("errors") in (None, [])
+    names = {"training loss", "training accuracy", "accuracy against cost", "exit shares"}
+    assert set(shown["data"]) == names | {"reliability"}
+    frontier = shown["data"]["accuracy against cost"][0]["content"]["data"]["values"]
+    assert {"full", "exit_0", "main", "teacher"} <= {row["name"] for row in frontier}
+
+
+def test_another_beta_runs_only_what_depends_on_it(clone: Path):
+    output = run(clone, "dvc", "exp", "run", "--name", "second", "-S", "kd.beta=0.9")
+    again = ran(output)
+    assert again[:4] == ["distill@0", "distill@1", "distill@2", "train_branchynet"]
+    assert set(again) == set(STAGES) - {"download", "train_teacher"}
+    first, second = parents(clone)
+    assert (first.data.params["kd.beta"], second.data.params["kd.beta"]) == ("0.5", "0.9")
+    changed = {k for k in first.data.params if first.data.params[k] != second.data.params[k]}
+    assert changed == {"kd.beta"}
+    assert first.data.metrics.keys() == second.data.metrics.keys()
+    assert first.data.metrics != second.data.metrics
+    # The stages that were not run again are linked to the runs that made them.
+    old = children(clone, first.info.run_id)
+    linked = {k: v for k, v in second.data.tags.items() if k.startswith("edgeke.restored.")}
+    assert linked == {
+        f"edgeke.restored.{stage}": old[stage].info.run_id
+        for stage in ("download", "train_teacher")
+    }
+
+
+def test_the_lock_check_sees_other_parameters_and_other_code(clone: Path):
+    assert run(clone, "scripts/lock-check") == ""
+    file = clone / "edgeke" / "calibrate.py"
+    before = file.read_text()
+    file.write_text(before + "\n# changed\n")
+    output = run(clone, "scripts/lock-check", check=False)
+    file.write_text(before)
+    assert "calibrate: changed deps: edgeke/calibrate.py" in output
+    params = clone / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("frontier_points: 8", "frontier_points: 5"))
+    output = run(clone, "scripts/lock-check", check=False)
+    params.write_text(before)
+    assert "run `dvc repro`" in output
+    assert "calibrate: changed deps: params.yaml" in output
+
+
+def test_an_image_more_runs_download_again(clone: Path):
+    extra = clone / "data" / "source" / "extra.png"
+    extra.write_bytes(b"any change of the folder counts")
+    status = json.loads(run(clone, "dvc", "status", "--json", "download"))
+    extra.unlink()
+    assert status["download"] == [{"changed deps": {"data/source": "modified"}}]
+    assert json.loads(run(clone, "dvc", "status", "--json", "download")) == {}
+
+
+def test_a_typo_stops_the_pipeline_before_work(clone: Path):
+    file = clone / "params.yaml"
+    before = file.read_text()
+    file.write_text(before.replace("score: max_probability", "score: max_probabilty"))
+    output = run(clone, "dvc", "repro", check=False)
+    file.write_text(before)
+    assert "calibrate.score = 'max_probabilty' is unknown; use one of max_probability" in output
+    assert ran(output) == ["calibrate"]
+    assert "Traceback" not in output
+    run(clone, "dvc", "checkout", "--force")
+
+
+def test_a_second_run_in_the_same_tree_waits_its_turn(clone: Path):
+    lock = clone / ".dvc" / "tmp" / "rwlock.lock"
+    with (clone / ".dvc" / "tmp" / "lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        started = time.monotonic()
+        output = run(clone, "dvc", "repro", check=False)
+        assert time.monotonic() - started < 60
+    assert "Unable to acquire lock" in output
+    assert ran(output) == []
+    assert lock.parent.is_dir()

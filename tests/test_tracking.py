@@ -1,0 +1,195 @@
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from toys import ROOT, replace
+
+from edgeke import params, tracking
+from edgeke.errors import InputError
+from edgeke.files import read_json, write_json
+
+pytestmark = pytest.mark.filterwarnings("ignore:::mlflow")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """A repository whose store is initialised once: creating it takes seconds."""
+    root = tmp_path_factory.mktemp("repository")
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    from mlflow import MlflowClient
+
+    (root / "mlflow").mkdir()
+    MlflowClient(f"sqlite:///{root / 'mlflow' / 'mlflow.db'}").search_experiments()
+    return root
+
+
+@pytest.fixture
+def here(store: Path, tmp_path: Path, monkeypatch) -> Path:
+    """An own working folder (as DVC gives queued runs) on the shared store."""
+    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_STAGE", "DVC_EXP_BASELINE_REV"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(store))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def loaded(request) -> params.Params:
+    content = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    content["tracking"]["experiment"] = request.node.name  # every test its own
+    return params.parse(content)
+
+
+def client():
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking.store_uri(tracking.project_root()))
+
+
+def runs(loaded: params.Params) -> list:
+    experiment = client().get_experiment_by_name(loaded.tracking.experiment)
+    return client().search_runs([experiment.experiment_id])
+
+
+def test_one_parent_and_one_child_per_stage(here, loaded, monkeypatch):
+    for stage in ("download", "distill/0"):
+        monkeypatch.setenv("DVC_STAGE", stage.replace("/", "@"))
+        with tracking.stage_run(stage, loaded) as run:
+            for epoch in (1, 2):
+                run.epoch(epoch, {"train/loss": 1 / epoch})
+            run.metrics({"validation/accuracy": 0.5})
+    found = runs(loaded)
+    parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
+    children = [r for r in found if "mlflow.parentRunId" in r.data.tags]
+    assert len(parents) == 1
+    assert parents[0].data.params == {k: str(v) for k, v in params.flatten(loaded).items()}
+    assert parents[0].info.run_name == "digits-kl-asynchronous-b0.5"
+    assert {c.info.run_name for c in children} == {"download", "distill@0"}
+    assert {c.data.tags["DVC_STAGE"] for c in children} == {"download", "distill@0"}
+    assert {c.data.tags["mlflow.parentRunId"] for c in children} == {parents[0].info.run_id}
+    assert all(r.info.status == "FINISHED" for r in found)
+    curve = client().get_metric_history(children[0].info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in curve] == [(1, 1.0), (2, 0.5)]
+    note = read_json(here / "results" / "distill" / "0" / "run.json")
+    assert note["parent_run_id"] == parents[0].info.run_id
+
+
+def test_class_names_that_mlflow_refuses_are_still_logged(here, loaded):
+    with tracking.stage_run("download", loaded) as run:
+        run.metrics({"train/images_of/nuts & bolts (M3)": 4})
+    child = next(r for r in runs(loaded) if "mlflow.parentRunId" in r.data.tags)
+    assert child.data.metrics == {"train/images_of/nuts _ bolts _M3_": 4}
+
+
+def test_another_parameter_is_another_parent(here, loaded):
+    other = replace(loaded, kd=replace(loaded.kd, beta=0.3))
+    for one in (loaded, other, loaded):
+        with tracking.stage_run("download", one):
+            pass
+    parents = [r for r in runs(loaded) if "mlflow.parentRunId" not in r.data.tags]
+    assert sorted(p.data.params["kd.beta"] for p in parents) == ["0.3", "0.5"]
+
+
+def test_the_experiments_name_is_part_of_the_state(here, loaded, monkeypatch):
+    before = tracking.pipeline_state(loaded)
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-otter")
+    assert tracking.pipeline_state(loaded) != before
+    with tracking.stage_run("download", loaded):
+        pass
+    parent = next(r for r in runs(loaded) if "mlflow.parentRunId" not in r.data.tags)
+    assert parent.info.run_name.endswith("-brave-otter")
+    assert parent.data.tags["DVC_EXP_NAME"] == "brave-otter"
+
+
+def test_listed_code_is_part_of_the_state(here, loaded):
+    (here / "edgeke").mkdir()
+    code = here / "edgeke" / "fit.py"
+    code.write_text("lr = 1")
+    (here / "dvc.yaml").write_text("stages: {a: {cmd: x, deps: [edgeke/fit.py, data]}}")
+    before = tracking.pipeline_state(loaded)
+    code.write_text("lr = 2")
+    assert tracking.pipeline_state(loaded) != before
+
+
+def test_the_headline_lands_on_the_parent_and_restored_stages_are_linked(here, loaded):
+    write_json(
+        here / "results" / "distill" / "1" / "run.json",
+        {"run_id": "abc", "parent_run_id": "elsewhere"},
+    )
+    with tracking.stage_run("download", loaded):
+        pass
+    with tracking.stage_run("evaluate", loaded) as run:
+        run.headline({"test/default/accuracy": 0.75})
+    parent = next(r for r in runs(loaded) if "mlflow.parentRunId" not in r.data.tags)
+    assert parent.data.metrics == {"test/default/accuracy": 0.75}
+    assert parent.data.tags["edgeke.restored.distill/1"] == "abc"
+    assert "edgeke.restored.download" not in parent.data.tags
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(InputError("bad"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_a_stage_that_ends_early_is_marked(here, loaded, error, status):
+    def fail() -> None:
+        with tracking.stage_run("download", loaded):
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert {r.info.status for r in runs(loaded)} == {status}
+    assert not (here / "results" / "download" / "run.json").exists()
+
+
+def test_tracking_off_does_nothing(here, loaded):
+    off = replace(loaded, tracking=replace(loaded.tracking, enabled=False))
+    with tracking.stage_run("download", off) as run:
+        run.epoch(1, {"train/loss": 1.0})
+        run.metrics({})
+        run.headline({})
+    assert read_json(here / "results" / "download" / "run.json") == {
+        "run_id": None,
+        "parent_run_id": None,
+    }
+    assert client().get_experiment_by_name(loaded.tracking.experiment) is None
+
+
+def test_an_unusable_store_says_what_to_do(here, loaded, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://nowhere")
+
+    def start() -> None:
+        with tracking.stage_run("download", loaded):
+            pass
+
+    with pytest.raises(InputError, match=r"gopher://nowhere does not answer.*tracking\.enabled"):
+        start()
+
+
+def test_processes_that_start_together_share_one_parent_on_a_fresh_store(tmp_path: Path):
+    """Two writers on a fresh SQLite file would collide in its migration."""
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    code = (
+        "from edgeke import params, tracking\n"
+        "import sys\n"
+        "with tracking.stage_run(sys.argv[1], params.load()) as run: run.metrics({'m': 1.0})"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_"))}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, slot],
+            cwd=tmp_path,
+            env={**environment, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for slot in ("distill/0", "distill/1")
+    ]
+    for process in started:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    notes = [read_json(tmp_path / "results" / "distill" / n / "run.json") for n in "01"]
+    assert notes[0]["parent_run_id"] == notes[1]["parent_run_id"]
+    assert notes[0]["run_id"] != notes[1]["run_id"]
