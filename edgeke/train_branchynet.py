@@ -67,7 +67,7 @@ def exit_metrics(network: BranchyNet, dataset: Dataset) -> dict[str, float]:
     for exit, at_exit in enumerate(logits):
         labels = images.validation_labels
         metrics[f"validation/exit_{exit}/loss"] = float(F.cross_entropy(at_exit, labels))
-        right = (at_exit.argmax(-1) == labels).float().mean()
+        right = (at_exit.argmax(-1) == labels).double().mean()
         metrics[f"validation/exit_{exit}/accuracy"] = float(right)
     return metrics
 

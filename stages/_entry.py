@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgeke import params, tracking
+from edgeke.device.errors import DeviceError
 from edgeke.errors import InputError
 from edgeke.files import write_json
 
@@ -17,7 +18,7 @@ Body = Callable[[params.Params, tracking.Run], dict[str, float]]
 def entry(slot: str, body: Body) -> int:
     """Run a stage and write `results/<slot>/metrics.json`; returns the exit status.
 
-    An InputError is printed as one line; any other exception keeps its traceback.
+    Bad input is printed as one line; any other exception keeps its traceback.
     """
     try:
         loaded = params.load()
@@ -25,7 +26,7 @@ def entry(slot: str, body: Body) -> int:
             metrics = body(loaded, run)
             write_json(Path("results") / slot / "metrics.json", metrics)
             run.metrics(metrics)
-    except InputError as error:
+    except (InputError, DeviceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

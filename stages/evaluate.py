@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from edgeke.data.dataset import load_dataset
-from edgeke.device.policy import parse_policy
+from edgeke.device.policy import read_policy
 from edgeke.evaluate import evaluate
 from edgeke.files import read_json, write_table
 from edgeke.params import Params
@@ -15,7 +15,7 @@ from stages._entry import entry
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("test",))
     exported = read_json(Path("results/export/metrics.json"))
-    policy = parse_policy(Path("models/policy.json").read_text())
+    policy = read_policy(Path("models/policy.json"))
     names = ("main", "teacher")
     evaluation = evaluate(
         Path("models/edgeke.onnx"),

@@ -156,6 +156,24 @@ def test_another_beta_runs_only_what_depends_on_it(clone: Path):
     }
 
 
+def test_restored_stages_are_not_run_and_the_parent_links_their_runs(clone: Path):
+    output = run(clone, "dvc", "exp", "run", "--name", "third", "-S", "kd.beta=0.5")
+    assert ran(output) == ["evaluate"]
+    assert output.count("is cached - skipping run") == 6
+    first, _, third = parents(clone)
+    assert third.data.params == first.data.params
+    assert third.data.tags["DVC_EXP_NAME"] == "third"
+    old = children(clone, first.info.run_id)
+    linked = {k: v for k, v in third.data.tags.items() if k.startswith("edgeke.restored.")}
+    assert linked == {
+        f"edgeke.restored.{stage.replace('@', '/')}": old[stage].info.run_id
+        for stage in STAGES
+        if stage != "evaluate"
+    }
+    accuracy = "test/exit_2/accuracy"
+    assert third.data.metrics[accuracy] == first.data.metrics[accuracy]
+
+
 def test_the_lock_check_sees_other_parameters_and_other_code(clone: Path):
     assert run(clone, "scripts/lock-check") == ""
     file = clone / "edgeke" / "calibrate.py"

@@ -93,7 +93,9 @@ def _image_folder(source: Source, path: Path) -> LabelledImages:
             f"data.path = {path} is not a folder; put class folders there, or point to them with "
             "-S data.path=FOLDER"
         )
-    has_parts = (path / "train").is_dir()
+    # A class may be called train, too: only a folder of folders is a split.
+    train_folder = path / "train"
+    has_parts = train_folder.is_dir() and any(child.is_dir() for child in train_folder.iterdir())
     parts = [path / "train", path / "test"] if has_parts else [path]
     files, labels, classes, train = [], [], _classes(parts[0]), 0
     for part in parts:

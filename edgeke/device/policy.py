@@ -3,11 +3,21 @@
 import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from edgeke.device.errors import DeviceError
 
-__all__ = ["ALWAYS", "NEVER", "SCHEMA", "OperatingPoint", "Policy", "force_exit", "parse_policy"]
+__all__ = [
+    "ALWAYS",
+    "NEVER",
+    "SCHEMA",
+    "OperatingPoint",
+    "Policy",
+    "force_exit",
+    "parse_policy",
+    "read_policy",
+]
 
 SCHEMA = 1
 
@@ -91,6 +101,14 @@ def parse_policy(text: str) -> Policy:
         raise DeviceError(f"policy is incomplete ({error}); export the model again") from error
     _check(policy)
     return policy
+
+
+def read_policy(path: Path) -> Policy:
+    """Read a policy file. Errors: DeviceError when it is missing or not a policy."""
+    try:
+        return parse_policy(path.read_text())
+    except FileNotFoundError:
+        raise DeviceError(f"{path} is missing; copy the whole model folder") from None
 
 
 def _tuples(value: Any) -> Any:

@@ -185,5 +185,5 @@ def evaluate(network: nn.Module, images: Images) -> dict[str, float]:
     labels = images.validation_labels
     return {
         "validation/loss": float(F.cross_entropy(logits, labels)),
-        "validation/accuracy": float((logits.argmax(-1) == labels).float().mean()),
+        "validation/accuracy": float((logits.argmax(-1) == labels).double().mean()),
     }

@@ -66,6 +66,11 @@ def test_train_and_test_folders_keep_their_split(tmp_path: Path):
         read_source(replace(FOLDER, test=None), tmp_path)
 
 
+def test_a_class_may_be_called_train(folder: Path):
+    paint(folder / "train" / "0.png", 7)
+    assert read_source(FOLDER, folder).classes == ("bolt", "nut", "train")
+
+
 def test_grey_and_resized(folder: Path):
     paint(folder / "nut" / "large.png", 50, (20, 12))
     source = replace(FOLDER, channels=1, fit="resize")

@@ -8,7 +8,7 @@ from toys import ROOT, replace
 
 from edgeke.device.errors import DeviceError
 from edgeke.device.measure import peak_memory
-from edgeke.device.policy import OperatingPoint, Policy, force_exit, parse_policy
+from edgeke.device.policy import OperatingPoint, Policy, force_exit, parse_policy, read_policy
 from edgeke.device.session import open_session
 
 POINT = OperatingPoint(
@@ -52,6 +52,13 @@ def test_policy_round_trip():
 def test_a_broken_policy_is_refused(text, words):
     with pytest.raises(DeviceError, match=words):
         parse_policy(text)
+
+
+def test_a_policy_file_is_read_or_named(tmp_path: Path):
+    (tmp_path / "policy.json").write_text(json.dumps(POLICY.to_json()))
+    assert read_policy(tmp_path / "policy.json") == POLICY
+    with pytest.raises(DeviceError, match=r"other\.json is missing"):
+        read_policy(tmp_path / "other.json")
 
 
 def test_a_policy_names_its_points():
