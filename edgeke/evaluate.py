@@ -85,9 +85,12 @@ def evaluate(
         frontier.append(
             {
                 "name": name,
+                "label": "default" if name == policy.default else name.split("frontier_")[0],
                 "kind": kind,
                 "cost_percent": 100 * macs / static_macs["main"],
                 "accuracy_percent": 100 * float(right.mean()),
+                "accuracy_low": 100 * low,
+                "accuracy_high": 100 * high,
                 "latency_ms": latency["mean"],
             }
         )

@@ -174,6 +174,14 @@ def test_restored_stages_are_not_run_and_the_parent_links_their_runs(clone: Path
     assert third.data.metrics[accuracy] == first.data.metrics[accuracy]
 
 
+def test_the_readmes_code_runs_where_only_the_device_packages_are_used(clone: Path):
+    block = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    last = run(clone, "python", "-c", block).splitlines()[-1]
+    label, exit = last.split(" from exit ")
+    assert label in "0123456789"
+    assert exit in "0123"
+
+
 def test_the_lock_check_sees_other_parameters_and_other_code(clone: Path):
     assert run(clone, "scripts/lock-check") == ""
     file = clone / "edgeke" / "calibrate.py"

@@ -5,6 +5,7 @@ model, static rivals, test images (.npy) and an output folder; see `measure`.
 """
 
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     .npy), `threads`, `latency_images`, `out` (folder). Writes to `out`: `probabilities.npy`
     `[E, N, K]` with every exit forced in turn, `<name>.npy` with each static network's logits
     `[N, K]`. Latencies are taken image by image over the first `latency_images` images, all
-    contenders in turn, so that drift hits them alike.
+    contenders in a new order each time, so that drift and cold caches hit them alike.
     """
     images, out, threads = np.load(job["images"]), Path(job["out"]), job["threads"]
     started = time.perf_counter()
@@ -117,8 +118,10 @@ def _time(
             run(image[None])
     latencies: dict[str, list[float]] = {name: [] for name in contenders}
     exits: dict[str, list[int]] = {name: [] for name in contenders if name.startswith("point/")}
+    order, shuffle = list(contenders.items()), random.Random(0).shuffle
     for image in images:
-        for name, run in contenders.items():
+        shuffle(order)  # whoever runs behind a large network finds the caches cold
+        for name, run in order:
             started = time.perf_counter()
             answer = run(image[None])
             latencies[name].append((time.perf_counter() - started) * 1e3)
