@@ -70,6 +70,15 @@ def test_every_stage_writes_its_metrics_and_run_and_is_run_as_a_module():
         assert f"results/{name}{item}/run.json" in outs
 
 
+def test_dvc_can_restore_every_stage_but_the_last_from_its_run_cache():
+    """An uncached out that is no metric would keep its stage from the run cache."""
+    for name, stage in STAGES.items():
+        flagged = [out for out in stage["outs"] if not isinstance(out, str)]
+        assert flagged == (
+            [{"results/evaluate/run.json": {"persist": True}}] * (name == "evaluate")
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
