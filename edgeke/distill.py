@@ -1,11 +1,14 @@
 """Stage `distill`: one branch alone under the teacher, the paper's first knob."""
 
 from edgeke.data.dataset import Dataset
-from edgeke.learning.fit import Images, OnEpoch, Trained, default_device, train_alone
+from edgeke.learning.alone import Trained, train_alone
+from edgeke.learning.fit import OnEpoch
+from edgeke.learning.images import Images, default_device
 from edgeke.learning.objectives import make_objective
+from edgeke.learning.resume import ResumeFile, fingerprint
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.params import KD, Recipe
+from edgeke.params import KD, Plan
 
 __all__ = ["distill"]
 
@@ -16,9 +19,8 @@ def distill(
     branch: int,
     teacher: BranchyNet | None,
     kd: KD,
-    recipe: Recipe,
+    plan: Plan,
     *,
-    seed: int,
     on_epoch: OnEpoch,
 ) -> Trained:
     """Train exit `branch` of `student` as a network of its own, from fresh weights.
@@ -26,12 +28,25 @@ def distill(
     `teacher` may be None when `kd.distance` is none. Needs the splits train and validation.
     """
     device = default_device()
+    objective = make_objective(
+        kd,
+        teacher.to(device) if teacher else None,
+        student.classes,
+        label_smoothing=plan.recipe.label_smoothing,
+    )
     return train_alone(
         student.branch(branch),
-        make_objective(kd, teacher.to(device) if teacher else None),
+        objective,
         Images.of(dataset, device),
-        recipe,
-        seed=seed,
+        plan,
         description=f"branch {branch}",
         on_epoch=on_epoch,
+        resume=ResumeFile(
+            f"distill/{branch}",
+            plan=plan,
+            kd=kd,
+            architecture=student.branch(branch),
+            data=dataset.sha256,
+            teacher=fingerprint(teacher),
+        ),
     )

@@ -1,5 +1,6 @@
 """Stage `export`: trained networks become ONNX graphs that answer the same."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from edgeke.graph.parity import check_close
 from edgeke.graph.runner import channels_last, segment_logits
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.learning.checkpoints import Preprocessing
-from edgeke.learning.fit import predict
+from edgeke.learning.images import predict
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.networks.cost import exit_macs
+from edgeke.networks.cost import exit_costs
 from edgeke.params import Export
 
 __all__ = ["export"]
@@ -60,17 +61,20 @@ def export(
         )
         metrics[f"validation/{name}/parity_difference"] = difference
 
-    macs, plain = exit_macs(network, size), exit_macs(network.branch(len(network.exits) - 1), size)
-    metrics |= {f"cost/exit_{e}/macs": m for e, m in enumerate(macs)}
-    metrics |= {"cost/main/macs": plain[0], "cost/teacher/macs": exit_macs(teacher, size)[0]}
-    metrics |= {f"cost/exit_{e}/macs_share": m / plain[0] for e, m in enumerate(macs)}
+    costs, plain = exit_costs(network, size), exit_costs(network.branch(-1), size)[0]
+    named = {f"exit_{e}": cost for e, cost in enumerate(costs)}
+    named |= {"main": plain, "teacher": exit_costs(teacher, size)[0]}
+    for name, cost in named.items():
+        metrics |= {f"cost/{name}/{key}": value for key, value in asdict(cost).items()}
+        metrics[f"cost/{name}/macs_share"] = cost.macs / plain.macs
 
     names = tuple(f"fp32/{e}.onnx" for e in range(len(segments)))
     for name, model in zip(names, segments, strict=True):
         write_bytes(models / "segments" / name, model)
     for name, model in static.items():
         write_bytes(models / "static" / f"{name}.onnx", model)
-    manifest = Manifest(names, macs, plain[0], preprocessing.classes, (size, size, channels))
+    macs = tuple(cost.macs for cost in costs)
+    manifest = Manifest(names, macs, plain.macs, preprocessing.classes, (size, size, channels))
     manifest.write(models / "segments")
     return metrics
 

@@ -60,9 +60,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows that share their keys to `path` atomically as CSV, keys first."""
+    """Write rows to `path` atomically as CSV, the first row's keys first; no rows, no header."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    names = list(rows[0]) if rows else []
+    writer = csv.DictWriter(buffer, fieldnames=names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, buffer.getvalue())

@@ -3,21 +3,19 @@
 No field has a default: every value is written in params.yaml, where DVC sees it.
 """
 
-import contextlib
-import difflib
-import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from edgeke.errors import InputError
-from edgeke.networks.architecture import layout_exits
+from edgeke.learning.orders import ORDERS
+from edgeke.networks.architecture import Architecture, ExitSpec
+from edgeke.schema import build, check_keys, require
 
 __all__ = [
     "KD",
+    "Augmentation",
     "BranchyNet",
     "Calibrate",
     "Data",
@@ -26,28 +24,17 @@ __all__ = [
     "Export",
     "Network",
     "Params",
+    "Plan",
     "Profile",
     "Recipe",
     "Recipes",
     "Source",
     "Tracking",
+    "Training",
     "flatten",
     "load",
     "parse",
 ]
-
-
-class _OutOfRangeError(ValueError):
-    """A field's value is refused; the builder adds the full key."""
-
-    def __init__(self, field: str, remedy: str) -> None:
-        super().__init__(remedy)
-        self.field = field
-
-
-def _check(ok: bool, field: str, remedy: str) -> None:
-    if not ok:
-        raise _OutOfRangeError(field, remedy)
 
 
 @dataclass(frozen=True)
@@ -57,20 +44,26 @@ class Data:
     path: str
 
     def __post_init__(self) -> None:
-        _check(bool(self.path), "path", "name a folder, for example data/source")
+        require(bool(self.path), "path", "name a folder, for example data/source")
 
 
 @dataclass(frozen=True)
 class KD:
-    """Knowledge distillation: loss = (1 - beta) CE + beta T^2 D(student/T, teacher/T)."""
+    """Knowledge distillation: loss = (1 - beta) CE + beta T^2 D(student/T, teacher/T).
 
-    distance: Literal["kl", "js", "wasserstein", "none"]
+    `source` says who supervises the BranchyNet's exits; branches distilled alone always learn from
+    the teacher. `paper_weights` restores the paper's weights for its Wasserstein distance.
+    """
+
+    distance: Literal["kl", "js", "wasserstein", "wasserstein_classes", "dkd", "none"]
     beta: float
     temperature: float
+    source: Literal["teacher", "main", "both"]
+    paper_weights: bool
 
     def __post_init__(self) -> None:
-        _check(0 <= self.beta <= 1, "beta", "use a share between 0 (labels only) and 1")
-        _check(self.temperature > 0, "temperature", "use a number above 0; 4 is usual")
+        require(0 <= self.beta <= 1, "beta", "use a share between 0 (labels only) and 1")
+        require(self.temperature > 0, "temperature", "use a number above 0; 4 is usual")
 
 
 @dataclass(frozen=True)
@@ -82,10 +75,18 @@ class Distill:
 
 @dataclass(frozen=True)
 class BranchyNet:
-    """Where the exits are, and in which order they are trained."""
+    """Where the exits are, in which order they are trained, and their weights when joint.
 
-    layout: Literal["edgeke"]
-    order: Literal["asynchronous", "asynchronous_back"]
+    `layout` is a name, or a list of `{attach: ..., kind: ...}` for the exits before the main one.
+    """
+
+    layout: str | tuple[ExitSpec, ...]
+    order: Literal["independent", "synchronous", "asynchronous", "asynchronous_back", "mixed"]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        positive = all(weight >= 0 for weight in self.weights) and sum(self.weights) > 0
+        require(positive, "weights", "use one weight of 0 or more per exit, not all 0")
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class Export:
     parity_tolerance: float
 
     def __post_init__(self) -> None:
-        _check(self.parity_images >= 1, "parity_images", "use at least 1")
-        _check(0 < self.parity_tolerance < 1, "parity_tolerance", "use a small number, 1.0e-4")
+        require(self.parity_images >= 1, "parity_images", "use at least 1")
+        require(0 < self.parity_tolerance < 1, "parity_tolerance", "use a small number, 1.0e-4")
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class Calibrate:
 
     def __post_init__(self) -> None:
         in_range = all(0 <= share <= 1 for share in self.proportions)
-        _check(in_range, "proportions", "every share must lie between 0 and 1")
-        _check(self.frontier_points >= 2, "frontier_points", "use at least 2")
+        require(in_range, "proportions", "every share must lie between 0 and 1")
+        require(self.frontier_points >= 2, "frontier_points", "use at least 2")
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class Evaluate:
     latency_images: int
 
     def __post_init__(self) -> None:
-        _check(self.threads >= 1, "threads", "use at least 1")
-        _check(self.latency_images >= 1, "latency_images", "use at least 1")
+        require(self.threads >= 1, "threads", "use at least 1")
+        require(self.latency_images >= 1, "latency_images", "use at least 1")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Tracking:
     experiment: str
 
     def __post_init__(self) -> None:
-        _check(bool(self.experiment.strip()), "experiment", "name the MLflow experiment")
+        require(bool(self.experiment.strip()), "experiment", "name the MLflow experiment")
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,13 @@ class Source:
     test: int | float | None
 
     def __post_init__(self) -> None:
-        _check(8 <= self.image_size <= 1024, "image_size", "use a side of 8 to 1024 pixels")
-        _check(self.channels in (1, 3), "channels", "use 1 (grey) or 3 (colour)")
+        fits = 8 <= self.image_size <= 1024 and self.image_size % 8 == 0
+        require(fits, "image_size", "use a multiple of 8 up to 1024 (three stages halve the side)")
+        require(self.channels in (1, 3), "channels", "use 1 (grey) or 3 (colour)")
         for name in ("validation", "calibration", "test"):
             value = getattr(self, name)
             ok = value is None or (value >= 1 if isinstance(value, int) else 0 < value < 1)
-            _check(ok, name, "use a number of images (whole, at least 1) or a share such as 0.1")
+            require(ok, name, "use a number of images (whole, at least 1) or a share such as 0.1")
 
 
 @dataclass(frozen=True)
@@ -170,30 +172,81 @@ class Network:
     width: int
 
     def __post_init__(self) -> None:
-        _check(1 <= self.width <= 1024, "width", "use 1 to 1024 channels; the paper's is 64")
+        require(1 <= self.width <= 1024, "width", "use 1 to 1024 channels; the paper's is 64")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is trained: SGD with Nesterov momentum under a one-cycle schedule."""
+    """How one network is trained; the last epoch's weights (or their moving average) are kept."""
 
     epochs: int
     batch_size: int
+    optimiser: Literal["sgd", "adam", "adamw"]
     learning_rate: float
     momentum: float
     weight_decay: float
+    decay_norms: bool
+    schedule: Literal["one_cycle", "cosine", "step"]
     warmup: float
-    crop_padding: int
-    flip: bool
+    label_smoothing: float
+    ema: float
+    clip: float | None
+    patience: int | None
 
     def __post_init__(self) -> None:
-        _check(self.epochs >= 1, "epochs", "use at least 1")
-        _check(self.batch_size >= 2, "batch_size", "use at least 2 (batch norm needs two)")
-        _check(self.learning_rate > 0, "learning_rate", "use a number above 0")
-        _check(0 < self.momentum < 1, "momentum", "use a number between 0 and 1; 0.9 is usual")
-        _check(self.weight_decay >= 0, "weight_decay", "use 0 or more; 5.0e-4 is usual")
-        _check(0 < self.warmup < 1, "warmup", "use the share of steps spent rising, such as 0.2")
-        _check(self.crop_padding >= 0, "crop_padding", "use 0 (no random crop) or more pixels")
+        require(self.epochs >= 1, "epochs", "use at least 1")
+        require(self.batch_size >= 2, "batch_size", "use at least 2 (batch norm needs two)")
+        require(self.learning_rate > 0, "learning_rate", "use a number above 0")
+        require(0 < self.momentum < 1, "momentum", "use a number between 0 and 1; 0.9 is usual")
+        require(self.weight_decay >= 0, "weight_decay", "use 0 or more; 5.0e-4 is usual")
+        require(0 <= self.warmup < 1, "warmup", "use the share of steps spent rising, such as 0.2")
+        smooth = 0 <= self.label_smoothing < 1
+        require(smooth, "label_smoothing", "use 0 (none) or a share such as 0.1")
+        require(0 <= self.ema < 1, "ema", "use 0 (none) or a decay per step such as 0.999")
+        require(self.clip is None or self.clip > 0, "clip", "use null (none) or a largest norm")
+        patient = self.patience is None or self.patience >= 1
+        require(patient, "patience", "use null (train all epochs) or epochs without improvement")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images, drawn per image."""
+
+    crop_padding: int
+    flip: bool
+    cutout: int
+    mixup: float
+    cutmix: float
+    trivial_augment: bool
+
+    def __post_init__(self) -> None:
+        require(self.crop_padding >= 0, "crop_padding", "use 0 (no random crop) or more pixels")
+        require(self.cutout >= 0, "cutout", "use 0 (none) or the side of the erased square")
+        require(self.mixup >= 0, "mixup", "use 0 (none) or the Beta parameter, such as 0.2")
+        require(self.cutmix >= 0, "cutmix", "use 0 (none) or the Beta parameter, such as 1.0")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the machine trains; checkpoints are written every so many epochs."""
+
+    precision: Literal["fp32", "bf16"]
+    channels_last: bool
+    compile: bool
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        require(self.checkpoint_every >= 1, "checkpoint_every", "use at least 1 epoch")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the fit loop is told: no section of its own, but put together from several."""
+
+    seed: int
+    training: Training
+    augmentation: Augmentation
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -212,6 +265,7 @@ class Profile:
     data: Source
     teacher: Network
     student: Network
+    augmentation: Augmentation
     recipes: Recipes
 
 
@@ -225,6 +279,7 @@ class Params:
     kd: KD
     distill: Distill
     branchynet: BranchyNet
+    training: Training
     export: Export
     calibrate: Calibrate
     evaluate: Evaluate
@@ -232,28 +287,41 @@ class Params:
     profile: Profile
 
     def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**31, "seed", "use a whole number from 0 to 2147483647")
-        exits = len(layout_exits(self.branchynet.layout, self.profile.student.network))
-        branches, order = self.distill.branches, self.branchynet.order
+        require(0 <= self.seed < 2**31, "seed", "use a whole number from 0 to 2147483647")
+        student = self.profile.student
+        # Classes and channels do not matter here: this checks attach points, kinds and order.
+        layout = Architecture.with_layout(self.branchynet.layout, student.network, 8, 1, 2)
+        exits, order = len(layout.exits), self.branchynet.order
+        branches, starts = self.distill.branches, ORDERS[order](layout.depths).starts
         fits = len(set(branches)) == len(branches) and all(0 <= b < exits for b in branches)
         full = ",".join(str(e) for e in range(exits))
-        _check(
+        require(
             fits and bool(branches),
             "distill.branches",
-            f"layout {self.branchynet.layout} has exits 0 to {exits - 1}, each named once; add "
+            f"the layout has exits 0 to {exits - 1}, each named once; add "
             f"-S 'distill.branches=[{full}]'",
         )
-        start = 0 if order == "asynchronous_back" else exits - 1
-        _check(
-            start in branches,
+        require(
+            set(starts) <= set(branches),
             "distill.branches",
-            f"order {order} starts from branch {start}, which must be distilled; add "
-            f"-S 'distill.branches=[{full}]'",
+            f"order {order} starts from branch {', '.join(map(str, starts))}, which must be "
+            f"distilled; add -S 'distill.branches=[{full}]'",
         )
-        _check(
-            len(self.calibrate.proportions) == exits,
-            "calibrate.proportions",
-            f"layout {self.branchynet.layout} has {exits} exits; give {exits} shares",
+        for key, values in (
+            ("branchynet.weights", self.branchynet.weights),
+            ("calibrate.proportions", self.calibrate.proportions),
+        ):
+            example = ",".join(["0.5"] * exits)
+            require(
+                len(values) == exits,
+                key,
+                f"the layout has {exits} exits; give as many numbers, e.g. -S '{key}=[{example}]'",
+            )
+        require(
+            self.kd.source == "teacher" or order not in ("asynchronous_back", "independent"),
+            "kd.source",
+            f"with order {order} the main exit is not there to supervise the others; use "
+            "-S kd.source=teacher",
         )
 
 
@@ -284,7 +352,7 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
     that is not chosen is found too.
     """
     sections = [field.name for field in fields(Params) if field.name != "profile_name"]
-    _check_keys(content, [*sections, "profiles"], "", where)
+    check_keys(content, [*sections, "profiles"], "", where)
     values = dict(content)
     for key in ("profile", "profiles"):
         if key not in values:
@@ -298,10 +366,10 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
             f"{', '.join(map(str, profiles))}"
         )
     built = {
-        key: _build(Profile, block, f"profiles.{key}", where) for key, block in profiles.items()
+        key: build(Profile, block, f"profiles.{key}", where) for key, block in profiles.items()
     }
     values |= {"profile_name": name, "profile": built[name]}
-    params: Params = _build(Params, values, "", where)
+    params: Params = build(Params, values, "", where)
     return params
 
 
@@ -314,76 +382,16 @@ def flatten(params: Params) -> dict[str, str | int | float | bool]:
             for field in fields(value):
                 name = "" if field.name == "profile" else field.name
                 add(getattr(value, field.name), f"{key}.{name}".strip("."))
-        elif value is None or isinstance(value, tuple):
-            flat[key] = str(list(value)) if value is not None else "null"
+        elif value is None:
+            flat[key] = "null"
+        elif isinstance(value, tuple):
+            flat[key] = ", ".join(
+                f"{item.attach}:{item.kind}" if isinstance(item, ExitSpec) else str(item)
+                for item in value
+            )
         else:
             flat[key] = value
 
     add(params, "")
     flat["profile"] = flat.pop("profile_name")
     return flat
-
-
-def _build(kind: Any, value: Any, key: str, where: str) -> Any:
-    """Turn plain YAML into dataclass `kind`, or refuse it by its full key."""
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where}: {key} = {value!r} must be a section with keys of its own")
-    hints = typing.get_type_hints(kind)
-    _check_keys(value, hints, key, where)
-    arguments = {}
-    for name, hint in hints.items():
-        full = _join(key, name)
-        if name not in value:
-            raise InputError(f"{where}: key `{full}` is missing; add it")
-        if hasattr(hint, "__dataclass_fields__") and not isinstance(value[name], hint):
-            arguments[name] = _build(hint, value[name], full, where)
-        else:
-            arguments[name] = _convert(hint, value[name], full, where)
-    try:
-        return kind(**arguments)
-    except _OutOfRangeError as error:
-        shown: Any = arguments
-        for part in error.field.split("."):
-            shown = shown[part] if isinstance(shown, dict) else getattr(shown, part)
-        shown = list(shown) if isinstance(shown, tuple) else shown
-        full = _join(key, error.field)
-        raise InputError(f"{where}: {full} = {shown!r} is out of range; {error}") from None
-
-
-def _check_keys(value: Mapping[str, Any], known: Iterable[str], key: str, where: str) -> None:
-    for name in value:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            meant = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
-            raise InputError(
-                f"{where}: unknown key `{_join(key, name)}` = {value[name]!r}; {meant}"
-            )
-
-
-def _join(key: str, name: object) -> str:
-    return f"{key}.{name}" if key else str(name)
-
-
-def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
-    """Check one value against its type hint; integers serve as floats."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value in options and isinstance(value, str):
-            return value
-        raise InputError(f"{where}: {key} = {value!r} is unknown; use one of {', '.join(options)}")
-    if origin is tuple:
-        if isinstance(value, list):
-            return tuple(_convert(options[0], item, key, where) for item in value)
-        raise InputError(f"{where}: {key} = {value!r} must be a list, such as [0, 1]")
-    accepted = options if origin is types.UnionType else (hint,)
-    if float in accepted and isinstance(value, str):
-        # PyYAML reads 1e-4 as text; DVC, which follows YAML 1.2, reads a number.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if accepted == (float,) and type(value) is int:
-        return float(value)
-    right_type = isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
-    if right_type and not (isinstance(value, float) and not math.isfinite(value)):
-        return value
-    names = " or ".join("null" if a is types.NoneType else a.__name__ for a in accepted)
-    raise InputError(f"{where}: {key} = {value!r} has the wrong type; give one {names}")

@@ -1,77 +1,110 @@
-"""Stage `train_branchynet`: the exits of one network, trained one after the other under KD."""
+"""Stage `train_branchynet`: all exits of one network, in the order that was asked for."""
+
+from collections.abc import Mapping
 
 import torch
-from torch.nn import functional as F
 
 from edgeke.data.dataset import Dataset
-from edgeke.learning.fit import Images, OnEpoch, Trained, default_device, fit, predict
+from edgeke.learning.alone import Trained
+from edgeke.learning.fit import History, OnEpoch, fit
+from edgeke.learning.images import Images, default_device, evaluate
 from edgeke.learning.objectives import make_objective
-from edgeke.learning.orders import ORDERS, PhaseNetwork
+from edgeke.learning.orders import Order
+from edgeke.learning.phases import OneExit, phase_network
+from edgeke.learning.resume import ResumeFile, fingerprint
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.params import KD, Recipe
+from edgeke.params import KD, Plan
 
 __all__ = ["exit_metrics", "train_branchynet"]
+
+# The paper doubles its Wasserstein weight in the BranchyNet (kd.paper_weights).
+_PAPER_FACTOR = 2.0
 
 
 def train_branchynet(
     dataset: Dataset,
     student: Architecture,
-    order: str,
-    start: tuple[int, BranchyNet],
+    order: Order,
+    branches: Mapping[int, BranchyNet],
     teacher: BranchyNet | None,
     kd: KD,
-    recipe: Recipe,
+    weights: tuple[float, ...],
+    plan: Plan,
     *,
-    seed: int,
     on_epoch: OnEpoch,
 ) -> Trained:
-    """Train a BranchyNet from the distilled branch its order starts from.
+    """Train a BranchyNet from the distilled branches its order starts from.
 
-    `start` is that branch's number and network; it becomes part of the result unchanged. In each
-    phase one exit learns while everything trained before is frozen. The history has one row an
-    epoch, its keys named by exit. Needs the splits train and validation.
+    `branches` maps their numbers to networks; what later phases do not train again stays
+    unchanged. `weights` `[E]` are those of the exits' losses when they learn together. The history
+    has one row an epoch, its keys named by exit. Needs the splits train and validation.
     """
     device = default_device()
     images = Images.of(dataset, device)
-    objective = make_objective(kd, teacher.to(device) if teacher else None)
-    torch.manual_seed(seed)
+    teacher = teacher.to(device) if teacher else None
+    torch.manual_seed(plan.seed)
     network = BranchyNet(student)
-    network.load_branch(*start)
+    for number in order.starts:
+        network.load_branch(number, branches[number])
     network.to(device)
+    main, resumes = len(network.exits) - 1, []
     rows: dict[int, dict[str, float]] = {}
-    for phase in ORDERS[order](network.attached):
+    started = [fingerprint(branches[number]) for number in order.starts]
+    for number, phase in enumerate(order.phases):
+        joint = len(phase.exits) > 1
+        # The main exit can supervise others once it has learnt: it comes from a distilled branch.
+        guide = main in order.starts and not joint
+        objective = make_objective(
+            kd,
+            teacher,
+            student.classes,
+            main=OneExit(network, main, network.attached[main]) if guide else None,
+            joint=joint,
+            weights=weights if joint else None,
+            label_smoothing=plan.recipe.label_smoothing,
+            paper_factor=_PAPER_FACTOR,
+        )
 
-        def on_phase_epoch(epoch: int, row: dict[str, float], exit: int = phase.exit) -> None:
-            named = {_at_exit(key, exit): value for key, value in row.items()}
-            rows.setdefault(epoch, {}).update(named)
-            on_epoch(epoch, named)
+        def on_phase_epoch(
+            epoch: int, row: dict[str, float], exits: tuple[int, ...] = phase.exits
+        ) -> None:
+            if len(exits) == 1:  # phases share their epochs: the loss is named by its exit, too
+                row = {f"train/exit_{exits[0]}/loss": row["train/loss"], **row}
+                del row["train/loss"]
+            rows.setdefault(epoch, {}).update(row)
+            on_epoch(epoch, row)
 
+        resumes.append(
+            ResumeFile(
+                f"train_branchynet/{number}",
+                plan=plan,
+                kd=kd,
+                weights=weights,
+                order=order,
+                architecture=student,
+                data=dataset.sha256,
+                teacher=fingerprint(teacher),
+                branches=started,
+            )
+        )
         fit(
-            PhaseNetwork(network, phase),
+            phase_network(network, phase),
             objective,
             images,
-            recipe,
-            seed=seed,
-            description=f"exit {phase.exit}",
+            plan,
+            description="exits" if joint else f"exit {phase.exits[0]}",
             on_epoch=on_phase_epoch,
+            exits=phase.exits,
+            root=network,
+            resume=resumes[-1],
         )
-    return Trained(network.eval(), [rows[epoch] for epoch in sorted(rows)])
+    history: History = [rows[epoch] for epoch in sorted(rows)]
+    return Trained(network.eval(), history, tuple(resumes))
 
 
 def exit_metrics(network: BranchyNet, dataset: Dataset) -> dict[str, float]:
     """Validation cross-entropy and accuracy of every exit."""
     images = Images.of(dataset, default_device())
-    metrics = {}
-    logits = predict(network, images.validation, images.normalise)
-    for exit, at_exit in enumerate(logits):
-        labels = images.validation_labels
-        metrics[f"validation/exit_{exit}/loss"] = float(F.cross_entropy(at_exit, labels))
-        right = (at_exit.argmax(-1) == labels).double().mean()
-        metrics[f"validation/exit_{exit}/accuracy"] = float(right)
-    return metrics
-
-
-def _at_exit(key: str, exit: int) -> str:
-    split, name = key.split("/")
-    return f"{split}/exit_{exit}/{name}"
+    network = network.to(images.train.device)
+    return evaluate(network, images, tuple(range(len(network.exits))))

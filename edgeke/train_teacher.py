@@ -1,24 +1,28 @@
 """Stage `train_teacher`: the large single-exit network that supervises all others."""
 
 from edgeke.data.dataset import Dataset
+from edgeke.learning.alone import Trained, train_alone
 from edgeke.learning.build import teacher_architecture
-from edgeke.learning.fit import Images, OnEpoch, Trained, default_device, train_alone
+from edgeke.learning.fit import OnEpoch
+from edgeke.learning.images import Images, default_device
 from edgeke.learning.objectives import CrossEntropy
-from edgeke.params import Network, Recipe
+from edgeke.learning.resume import ResumeFile
+from edgeke.params import Network, Plan
 
 __all__ = ["train_teacher"]
 
 
-def train_teacher(
-    dataset: Dataset, network: Network, recipe: Recipe, *, seed: int, on_epoch: OnEpoch
-) -> Trained:
+def train_teacher(dataset: Dataset, network: Network, plan: Plan, *, on_epoch: OnEpoch) -> Trained:
     """Train the teacher on labels alone; needs the splits train and validation."""
+    architecture = teacher_architecture(network, dataset)
     return train_alone(
-        teacher_architecture(network, dataset),
-        CrossEntropy(),
+        architecture,
+        CrossEntropy(label_smoothing=plan.recipe.label_smoothing),
         Images.of(dataset, default_device()),
-        recipe,
-        seed=seed,
+        plan,
         description="teacher",
         on_epoch=on_epoch,
+        resume=ResumeFile(
+            "train_teacher", plan=plan, architecture=architecture, data=dataset.sha256
+        ),
     )

@@ -9,8 +9,8 @@ from edgeke.data.dataset import load_dataset
 from edgeke.files import write_table
 from edgeke.learning.build import student_architecture
 from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
-from edgeke.learning.orders import start_exit
-from edgeke.params import Params
+from edgeke.learning.orders import ORDERS
+from edgeke.params import Params, Plan
 from edgeke.tracking import Run
 from edgeke.train_branchynet import exit_metrics, train_branchynet
 from stages._entry import entry
@@ -18,12 +18,12 @@ from stages._entry import entry
 
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
-    network, recipe, kd = params.profile.student, params.profile.recipes.train_branchynet, params.kd
-    order = params.branchynet.order
-    student = student_architecture(network, params.branchynet.layout, dataset)
-    cpu = torch.device("cpu")
-    first = start_exit(order, len(student.exits))
-    branch, _ = load_checkpoint(Path(f"models/branches/{first}"), cpu)
+    recipe, kd, knobs = params.profile.recipes.train_branchynet, params.kd, params.branchynet
+    plan = Plan(params.seed, params.training, params.profile.augmentation, recipe)
+    shared = knobs.order != "independent"
+    student = student_architecture(params.profile.student, knobs.layout, dataset, shared=shared)
+    order, cpu = ORDERS[knobs.order](student.depths), torch.device("cpu")
+    branches = {i: load_checkpoint(Path(f"models/branches/{i}"), cpu)[0] for i in order.starts}
     teacher = None
     if kd.distance != "none":
         teacher, _ = load_checkpoint(Path("models/teacher"), cpu)
@@ -31,11 +31,11 @@ def run(params: Params, log: Run) -> dict[str, float]:
         dataset,
         student,
         order,
-        (first, branch),
+        branches,
         teacher,
         kd,
-        recipe,
-        seed=params.seed,
+        knobs.weights,
+        plan,
         on_epoch=log.epoch,
     )
     metrics = exit_metrics(trained.network, dataset)
@@ -43,15 +43,11 @@ def run(params: Params, log: Run) -> dict[str, float]:
         trained.network,
         Path("models/branchynet"),
         preprocessing=Preprocessing.of(dataset),
-        params={
-            "seed": params.seed,
-            "order": order,
-            "kd": kd,
-            "recipe": recipe,
-        },
+        params={"plan": plan, "kd": kd, "branchynet": knobs},
         metrics=metrics,
     )
     write_table(Path("results/train_branchynet/history.csv"), trained.rows())
+    trained.forget_checkpoints()
     return metrics
 
 

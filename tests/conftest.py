@@ -8,7 +8,7 @@ from toys import CLASSES, SIZE, make_split, randomise
 from edgeke.data.dataset import Dataset, channel_statistics, save_dataset
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.params import Recipe
+from edgeke.params import Augmentation, Plan, Recipe, Training
 
 
 @pytest.fixture(scope="session")
@@ -31,17 +31,33 @@ def dataset_file(dataset: Dataset, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def recipe() -> Recipe:
-    return Recipe(
+def plan() -> Plan:
+    """Two short epochs."""
+    recipe = Recipe(
         epochs=2,
         batch_size=16,
+        optimiser="sgd",
         learning_rate=0.05,
         momentum=0.9,
         weight_decay=5e-4,
+        decay_norms=True,
+        schedule="one_cycle",
         warmup=0.3,
-        crop_padding=1,
-        flip=False,
+        label_smoothing=0.0,
+        ema=0.0,
+        clip=None,
+        patience=None,
     )
+    augmentation = Augmentation(
+        crop_padding=1, flip=False, cutout=0, mixup=0.0, cutmix=0.0, trivial_augment=False
+    )
+    training = Training(precision="fp32", channels_last=True, compile=False, checkpoint_every=1)
+    return Plan(0, training, augmentation, recipe)
+
+
+@pytest.fixture(autouse=True)
+def _checkpoints_go_to_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeke.learning.resume.FOLDER", tmp_path / "checkpoints")
 
 
 @pytest.fixture(scope="session")

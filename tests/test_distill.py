@@ -1,8 +1,9 @@
 import pytest
 import torch
-from toys import replace
+from toys import with_recipe
 
 from edgeke.distill import distill
+from edgeke.learning.distances import DISTANCES
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import KD
@@ -18,20 +19,26 @@ def teacher(dataset) -> BranchyNet:
     return BranchyNet(Architecture.single("resnet10", 8, 1, len(dataset.classes))).eval()
 
 
-@pytest.mark.parametrize("distance", ["kl", "js", "wasserstein", "none"])
-def test_every_distance_trains_a_branch_alone(dataset, architecture, recipe, teacher, distance):
-    kd = KD(distance, 0.5, 4.0)
+@pytest.mark.parametrize("distance", [*DISTANCES, "none"])
+def test_every_distance_trains_a_branch_alone(dataset, architecture, plan, teacher, distance):
+    kd = KD(distance, 0.5, 4.0, "teacher", False)
     supervisor = None if distance == "none" else teacher
-    trained = distill(dataset, architecture, 0, supervisor, kd, recipe, seed=0, on_epoch=quiet)
+    trained = distill(dataset, architecture, 0, supervisor, kd, plan, on_epoch=quiet)
     assert trained.network.architecture == architecture.branch(0)
-    assert len(trained.history) == recipe.epochs
+    assert len(trained.history) == plan.recipe.epochs
 
 
-def test_the_teacher_changes_the_branch_and_stays_as_it_was(dataset, architecture, recipe, teacher):
+def test_the_teacher_changes_the_branch_and_stays_as_it_was(dataset, architecture, plan, teacher):
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     runs = [
         distill(
-            dataset, architecture, 2, teacher, KD("kl", beta, 4.0), recipe, seed=0, on_epoch=quiet
+            dataset,
+            architecture,
+            2,
+            teacher,
+            KD("kl", beta, 4.0, "teacher", False),
+            plan,
+            on_epoch=quiet,
         )
         for beta in (0.0, 0.9)
     ]
@@ -40,13 +47,13 @@ def test_the_teacher_changes_the_branch_and_stays_as_it_was(dataset, architectur
     assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
 
 
-def test_beta_zero_is_training_without_a_teacher(dataset, architecture, recipe, teacher):
-    one = replace(recipe, epochs=1)
+def test_beta_zero_is_training_without_a_teacher(dataset, architecture, plan, teacher):
+    one = with_recipe(plan, epochs=1)
     with_teacher = distill(
-        dataset, architecture, 1, teacher, KD("kl", 0.0, 4.0), one, seed=0, on_epoch=quiet
+        dataset, architecture, 1, teacher, KD("kl", 0.0, 4.0, "teacher", False), one, on_epoch=quiet
     )
     without = distill(
-        dataset, architecture, 1, None, KD("none", 0.0, 4.0), one, seed=0, on_epoch=quiet
+        dataset, architecture, 1, None, KD("none", 0.0, 4.0, "teacher", False), one, on_epoch=quiet
     )
     for key, value in without.network.state_dict().items():
         assert torch.allclose(value.float(), with_teacher.network.state_dict()[key].float())

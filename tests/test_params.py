@@ -42,12 +42,34 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
         ("kd.beta", True, ["kd.beta", "True", "float"]),
         ("kd.beta", float("nan"), ["kd.beta", "nan"]),
         ("kd.temperature", 0, ["kd.temperature", "0.0", "above 0"]),
-        ("kd.distance", "euclid", ["kd.distance", "'euclid'", "kl, js, wasserstein, none"]),
+        (
+            "kd.distance",
+            "euclid",
+            ["kd.distance", "'euclid'", "kl, js, wasserstein, wasserstein_classes, dkd"],
+        ),
         ("kd.bata", 0.5, ["unknown key `kd.bata`", "did you mean `beta`"]),
         ("kd", 3, ["kd = 3", "section"]),
         ("seed", 1.5, ["seed", "1.5", "int"]),
         ("seed", -1, ["seed", "-1", "0 to 2147483647"]),
         ("profile", "digit", ["profile = 'digit'", "digits, tiny"]),
+        ("branchynet.layout", "paper", ["layout 'paper' is unknown", "edgeke, stages"]),
+        ("branchynet.layout", "stages", ["distill.branches", "-S 'distill.branches=[0,1,2,3]'"]),
+        (
+            "branchynet.layout",
+            [{"attach": "layer9.0", "kind": "linear"}],
+            ["layer9.0", "attach it to one of stem, layer1.0"],
+        ),
+        (
+            "branchynet.layout",
+            [{"attach": "layer3.0", "kind": "linear"}, {"attach": "layer1.0", "kind": "linear"}],
+            ["shallow to deep"],
+        ),
+        ("branchynet.layout", [{"attach": "layer1.0"}], ["branchynet.layout[0].kind", "missing"]),
+        ("branchynet.weights", [0.5, 0.5], ["branchynet.weights", "3 exits"]),
+        ("branchynet.weights", [0, 0, 0], ["branchynet.weights", "not all 0"]),
+        ("kd.source", "student", ["kd.source", "teacher, main, both"]),
+        ("profiles.digits.data.image_size", 12, ["image_size", "multiple of 8"]),
+        ("profiles.digits.recipes.distill.ema", 1.0, ["recipes.distill.ema", "0.999"]),
         ("branchynet.order", "backwards", ["branchynet.order", "asynchronous"]),
         ("distill.branches", [0, 1], ["distill.branches", "starts from branch 2", "-S 'distill"]),
         ("distill.branches", [0, 2, 5], ["distill.branches", "[0, 2, 5]", "[0,1,2]"]),
@@ -67,6 +89,23 @@ def test_a_bad_value_is_refused_with_key_value_and_remedy(content, key, value, w
         params.parse(put(content, key, value))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_layout_may_be_a_list(content):
+    own = [{"attach": "layer1.1", "kind": "linear"}, {"attach": "layer2.1", "kind": "attention"}]
+    parsed = params.parse(put(content, "branchynet.layout", own))
+    assert [(e.attach, e.kind) for e in parsed.branchynet.layout] == [
+        ("layer1.1", "linear"),
+        ("layer2.1", "attention"),
+    ]
+    assert params.flatten(parsed)["branchynet.layout"] == "layer1.1:linear, layer2.1:attention"
+
+
+@pytest.mark.parametrize("order", ["independent", "asynchronous_back"])
+def test_the_main_exit_cannot_supervise_where_it_is_not_there(content, order):
+    put(content, "branchynet.order", order)
+    with pytest.raises(InputError, match=rf"kd\.source = 'main'.*order {order}.*source=teacher"):
+        params.parse(put(content, "kd.source", "main"))
 
 
 def test_a_missing_key_is_named(content):
@@ -114,7 +153,8 @@ def test_flatten_names_every_value_once(content):
     assert flat["kd.beta"] == content["kd"]["beta"]
     assert flat["profile"] == "digits"
     assert flat["student.width"] == 16
-    assert flat["recipes.distill.flip"] is False
+    assert flat["augmentation.flip"] is False
+    assert flat["branchynet.weights"] == "0.2, 0.2, 0.6"
 
 
 def test_a_stage_prints_one_line_and_starts_no_work(content, tmp_path: Path):

@@ -13,10 +13,10 @@ import edgeke
 STAGES = {
     "download", "train_teacher", "distill", "train_branchynet", "export", "calibrate", "evaluate",
 }  # fmt: skip
-LEAVES = {"errors", "files", "params", "tracking"}
 ROOMS = {
-    # params reads the layouts' lengths; the module has no torch.
-    "params": {"errors", "networks"},
+    # params checks lengths against layouts and orders, whose modules have no torch.
+    "params": {"errors", "learning", "networks", "schema"},
+    "schema": {"errors"},
     "tracking": {"errors", "files", "params"},
     "files": {"errors"},
     "errors": set(),

@@ -14,12 +14,12 @@ from edgeke.params import Network
 from edgeke.train_teacher import train_teacher
 
 
-def test_the_teacher_learns_from_labels_alone(dataset, recipe):
+def test_the_teacher_learns_from_labels_alone(dataset, plan):
     rows = []
     trained = train_teacher(
-        dataset, Network("resnet10", 4), recipe, seed=0, on_epoch=lambda e, row: rows.append(row)
+        dataset, Network("resnet10", 4), plan, on_epoch=lambda e, row: rows.append(row)
     )
-    assert len(rows) == recipe.epochs
+    assert len(rows) == plan.recipe.epochs
     assert trained.network.architecture.exits[0].kind == "main"
     assert len(trained.network.exits) == 1
 

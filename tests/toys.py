@@ -9,6 +9,7 @@ import torch
 
 from edgeke.data.dataset import Split
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.params import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 8
@@ -41,6 +42,11 @@ def randomise(network: BranchyNet, seed: int = 0) -> BranchyNet:
                 elif name.endswith("weight") and tensor.dim() == 2:
                     tensor.copy_(2 * noise - 1)
     return network.eval()
+
+
+def with_recipe(plan: Plan, **changes: Any) -> Plan:
+    """The plan with another recipe."""
+    return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, **changes))
 
 
 def replace(value: Any, **changes: Any) -> Any:

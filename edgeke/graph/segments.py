@@ -72,8 +72,7 @@ def export_static(
     network: BranchyNet, mean: Sequence[float], std: Sequence[float], image_size: int
 ) -> onnx.ModelProto:
     """The last exit alone as one graph: `image` uint8 `[N, H, W, C]` to `logits` `[N, K]`."""
-    alone = network.branch(len(network.exits) - 1)
-    return export_segments(alone, mean, std, image_size)[0]
+    return export_segments(network.branch(-1), mean, std, image_size)[0]
 
 
 def _export(

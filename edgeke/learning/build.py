@@ -1,7 +1,7 @@
 """From parameters and a dataset to the architectures that are trained on it."""
 
 from edgeke.data.dataset import Dataset
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Architecture, Layout
 from edgeke.params import Network
 
 __all__ = ["student_architecture", "teacher_architecture"]
@@ -14,8 +14,11 @@ def teacher_architecture(network: Network, dataset: Dataset) -> Architecture:
     )
 
 
-def student_architecture(network: Network, layout: str, dataset: Dataset) -> Architecture:
+def student_architecture(
+    network: Network, layout: Layout, dataset: Dataset, *, shared: bool = True
+) -> Architecture:
     """The multi-exit network of a layout for this dataset's channels and classes."""
+    channels, classes = dataset.image_shape[0], len(dataset.classes)
     return Architecture.with_layout(
-        layout, network.network, network.width, dataset.image_shape[0], len(dataset.classes)
+        layout, network.network, network.width, channels, classes, shared
     )

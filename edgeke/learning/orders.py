@@ -1,68 +1,85 @@
-"""Orders: which exit learns when, and what is frozen meanwhile."""
+"""Orders: which exits learn when, and what is frozen meanwhile. No torch here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-
-from edgeke.learning.frozen import Frozen
-from edgeke.networks.branchynet import BranchyNet
-
-__all__ = ["ORDERS", "Phase", "PhaseNetwork", "asynchronous", "asynchronous_back", "start_exit"]
+__all__ = [
+    "ORDERS",
+    "Order",
+    "Phase",
+    "asynchronous",
+    "asynchronous_back",
+    "independent",
+    "mixed",
+    "synchronous",
+]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Train exit `exit` and the trunk blocks from `frozen` up to its attach point.
+    """Train `exits` and the trunk in front of them, except its first `frozen` blocks.
 
-    The first `frozen` trunk blocks stay as they are, batch-norm statistics included.
+    Those stay as they are, batch-norm statistics included.
     """
 
-    exit: int
+    exits: tuple[int, ...]
     frozen: int
 
 
-def asynchronous(attached: tuple[int, ...]) -> Iterator[Phase]:
+@dataclass(frozen=True)
+class Order:
+    """The distilled branches an order starts from, and its phases.
+
+    `shared` is false where every branch keeps a trunk of its own.
+    """
+
+    starts: tuple[int, ...]
+    phases: tuple[Phase, ...]
+    shared: bool = True
+
+
+def independent(attached: tuple[int, ...]) -> Order:
+    """The distilled branches side by side: nothing is shared, nothing is trained again."""
+    return Order(tuple(range(len(attached))), (), shared=False)
+
+
+def synchronous(attached: tuple[int, ...]) -> Order:
+    """All together from fresh weights: every parameter moves under the weighted sum of losses."""
+    return Order((), (Phase(tuple(range(len(attached))), 0),))
+
+
+def asynchronous(attached: tuple[int, ...]) -> Order:
     """Deepest first (the paper's): starts from the distilled main branch.
 
     Then every earlier exit, deep to shallow: only its own body and head move, the whole trunk in
     front of it is frozen.
     """
-    for exit in reversed(range(len(attached) - 1)):
-        yield Phase(exit, attached[exit])
+    last = len(attached) - 1
+    return Order((last,), tuple(Phase((e,), attached[e]) for e in reversed(range(last))))
 
 
-def asynchronous_back(attached: tuple[int, ...]) -> Iterator[Phase]:
+def asynchronous_back(attached: tuple[int, ...]) -> Order:
     """Shallowest first: starts from the distilled branch 0.
 
     Then every deeper exit: its own body and head and the trunk blocks behind the previous attach
     point move; everything the previous exits use is frozen.
     """
-    for exit in range(1, len(attached)):
-        yield Phase(exit, attached[exit - 1])
+    return Order((0,), tuple(Phase((e,), attached[e - 1]) for e in range(1, len(attached))))
 
 
-ORDERS = {"asynchronous": asynchronous, "asynchronous_back": asynchronous_back}
+def mixed(attached: tuple[int, ...]) -> Order:
+    """Main network first, then all jointly: starts from the distilled main branch.
 
-
-def start_exit(order: str, exits: int) -> int:
-    """The distilled branch that an order starts from; its exit is not trained again."""
-    return 0 if order == "asynchronous_back" else exits - 1
-
-
-class PhaseNetwork(nn.Module):
-    """One exit of a BranchyNet as a network to train, with a frozen part of the trunk.
-
-    Shares the BranchyNet's modules: training it trains them. Answers `[1, N, K]`.
+    Then every parameter moves under the weighted sum of losses ("How to train your multi-exit
+    model", ICML 2025).
     """
+    return Order((len(attached) - 1,), synchronous(attached).phases)
 
-    def __init__(self, network: BranchyNet, phase: Phase) -> None:
-        super().__init__()
-        end = network.attached[phase.exit]
-        self.frozen = Frozen(nn.Sequential(*network.trunk[: phase.frozen]))
-        self.free = nn.Sequential(*network.trunk[phase.frozen : end])
-        self.exit = network.exits[phase.exit]
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.exit(self.free(self.frozen(images)))
-        return logits[None]
+ORDERS: dict[str, Callable[[tuple[int, ...]], Order]] = {
+    "independent": independent,
+    "synchronous": synchronous,
+    "asynchronous": asynchronous,
+    "asynchronous_back": asynchronous_back,
+    "mixed": mixed,
+}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeke.networks.architecture import Architecture, ExitSpec, block_names
-from edgeke.networks.heads import branch_head, main_head
+from edgeke.networks.heads import attention_body, branch_head, main_head
 from edgeke.networks.resnet import block_channels, make_block
 
 __all__ = ["BranchyNet", "Exit"]
@@ -27,18 +27,22 @@ class BranchyNet(nn.Module):
     """Trunk and exits (Teerapittayanon et al. 2016), built from an `Architecture`.
 
     With one exit it is a plain network: a teacher, or one branch seen alone. `attached[e]` counts
-    the trunk blocks in front of exit e.
+    the trunk blocks in front of exit e. Where nothing is shared the trunk is empty, and every
+    exit's body begins with blocks of its own.
     """
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        names = block_names(architecture.backbone)
-        self.attached = tuple(names.index(spec.attach) + 1 for spec in architecture.exits)
+        names, depths = block_names(architecture.backbone), architecture.depths
+        self.attached = depths if architecture.shared else (0,) * len(depths)
         self.trunk = nn.ModuleList(
             make_block(architecture, name) for name in names[: self.attached[-1]]
         )
-        self.exits = nn.ModuleList(_make_exit(architecture, spec) for spec in architecture.exits)
+        self.exits = nn.ModuleList(
+            _make_exit(architecture, spec, names[end:depth])
+            for spec, end, depth in zip(architecture.exits, self.attached, depths, strict=True)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of every exit, `[E, N, K]`, for normalised images `[N, C, H, W]`."""
@@ -59,22 +63,38 @@ class BranchyNet(nn.Module):
         """Take over trunk and exit from a branch that was trained alone."""
         if branch.architecture != self.architecture.branch(exit):
             raise ValueError(f"not exit {exit} of this network: {branch.architecture}")
-        self.trunk[: self.attached[exit]].load_state_dict(branch.trunk.state_dict())
-        self.exits[exit].load_state_dict(branch.exits[0].state_dict())
+        self._path(exit).load_state_dict(branch._path(0).state_dict())
 
     def branch(self, exit: int) -> "BranchyNet":
         """A copy of exit `exit` seen alone."""
         alone = BranchyNet(self.architecture.branch(exit))
-        alone.trunk.load_state_dict(self.trunk[: self.attached[exit]].state_dict())
-        alone.exits[0].load_state_dict(self.exits[exit].state_dict())
+        alone._path(0).load_state_dict(self._path(exit).state_dict())
         return alone.train(self.training)
 
+    def class_vectors(self) -> Tensor:
+        """The last exit's linear weights, one row per class: `[K, D]`, without gradient."""
+        head = self.get_submodule(f"exits.{len(self.exits) - 1}.head")
+        weight = next(p for p in reversed(list(head.parameters())) if p.dim() == 2)
+        return weight.detach()
 
-def _make_exit(architecture: Architecture, spec: ExitSpec) -> Exit:
+    def _path(self, exit: int) -> nn.Sequential:
+        """Every module an image passes on its way to exit `exit` alone, in order."""
+        own = self.exits[exit]
+        assert isinstance(own, Exit)
+        return nn.Sequential(*self.trunk[: self.attached[exit]], *own.body, *own.head)
+
+
+def _make_exit(architecture: Architecture, spec: ExitSpec, own: tuple[str, ...]) -> Exit:
+    """An exit whose body begins with the blocks `own` (none where the trunk is shared)."""
     names, classes = block_names(architecture.backbone), architecture.classes
-    if spec.kind == "main":
-        channels = block_channels(architecture, spec.attach)
-        return Exit(nn.Sequential(), main_head(channels, classes))
-    own = names[names.index(spec.attach) + 1]
-    body = nn.Sequential(make_block(architecture, own))
-    return Exit(body, branch_head(block_channels(architecture, own), classes))
+    body = nn.Sequential(*(make_block(architecture, name) for name in own))
+    channels = block_channels(architecture, spec.attach)
+    if spec.kind == "branch":
+        copied = names[names.index(spec.attach) + 1]
+        body.append(make_block(architecture, copied))
+        return Exit(body, branch_head(block_channels(architecture, copied), classes))
+    if spec.kind == "attention":
+        last = block_channels(architecture, names[-1])
+        body.extend(attention_body(channels, last))
+        return Exit(body, main_head(last, classes))
+    return Exit(body, main_head(channels, classes))

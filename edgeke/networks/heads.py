@@ -1,8 +1,39 @@
-"""What turns features into logits."""
+"""What an exit puts between features and logits: bodies and heads."""
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["branch_head", "main_head"]
+__all__ = ["Attention", "attention_body", "branch_head", "main_head"]
+
+
+class Attention(nn.Module):
+    """Spatial attention: features times a sigmoid mask computed at half resolution.
+
+    As in self-distillation's heads (Zhang et al. 2021). Needs an even height and width.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mask = nn.Sequential(
+            _separable(channels, channels, 2),
+            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        weighted: Tensor = features * self.mask(features)
+        return weighted
+
+
+def attention_body(channels: int, outputs: int) -> nn.Sequential:
+    """Attention, then separable convolutions that halve the side and double the channels.
+
+    Until `outputs` channels are reached: `[N, channels, H, W]` to `[N, outputs, H / 2^k, W / 2^k]`.
+    """
+    layers: list[nn.Module] = [Attention(channels)]
+    while channels < outputs:
+        layers.append(_separable(channels, 2 * channels, 2))
+        channels *= 2
+    return nn.Sequential(*layers)
 
 
 def main_head(channels: int, classes: int) -> nn.Sequential:
@@ -17,4 +48,18 @@ def branch_head(channels: int, classes: int) -> nn.Sequential:
         nn.Flatten(1),
         nn.Linear(channels, channels),
         nn.Linear(channels, classes),
+    )
+
+
+def _separable(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """Twice a depthwise 3x3 and a pointwise convolution; the first halves the side."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False),
+        nn.Conv2d(inputs, inputs, 1, bias=False),
+        nn.BatchNorm2d(inputs),
+        nn.ReLU(),
+        nn.Conv2d(inputs, inputs, 3, 1, 1, groups=inputs, bias=False),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
     )

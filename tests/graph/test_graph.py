@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from toys import CLASSES, SIZE
+from toys import CLASSES, SIZE, randomise
 
 from edgeke.data.augment import Normalise
 from edgeke.device.policy import force_exit
@@ -15,7 +15,9 @@ from edgeke.graph.compose import compose_cascade
 from edgeke.graph.parity import check_close, check_exits
 from edgeke.graph.runner import channels_last, segment_logits
 from edgeke.graph.segments import export_segments, export_static
-from edgeke.learning.fit import predict
+from edgeke.learning.images import predict
+from edgeke.networks.architecture import Architecture
+from edgeke.networks.branchynet import BranchyNet
 from edgeke.policy.cascade import run_cascade
 from edgeke.policy.scores import calibrated_probabilities, max_probability
 
@@ -61,6 +63,29 @@ def test_segments_equal_pytorch_for_any_batch(network, dataset, images, segments
     for count in (1, 7, len(images)):
         found = segment_logits(models, channels_last(images[:count]), 1)
         assert np.allclose(found, expected[:, :count], atol=1e-4)
+
+
+@pytest.mark.parametrize(("layout", "shared"), [("stages", True), ("edgeke", False)])
+def test_other_networks_are_exported_alike(dataset, images, layout, shared):
+    """Attention heads, and branches that share nothing."""
+    built = Architecture.with_layout(layout, "resnet10", 4, 1, len(CLASSES), shared)
+    network = randomise(BranchyNet(built))
+    models = export_segments(network, dataset.mean, dataset.std, SIZE)
+    found = segment_logits([m.SerializeToString() for m in models], channels_last(images), 1)
+    assert np.allclose(found, torch_logits(network, dataset, images), atol=1e-4)
+    whole = compose_cascade(
+        models,
+        score="max_probability",
+        temperatures=[1.0] * len(models),
+        image_shape=(SIZE, SIZE, 1),
+        classes=len(CLASSES),
+        metadata={},
+    )
+    pixels, last = channels_last(images), len(models) - 1
+    answer, exit = run_file(whole, pixels, force_exit(last, len(models)), [1.0] * len(models))
+    assert (exit == last).all()
+    expected = calibrated_probabilities(found, [1.0] * len(models))[last]
+    assert np.allclose(answer, expected, atol=1e-5)
 
 
 def test_static_network_is_the_last_exit_alone(network, dataset, images):

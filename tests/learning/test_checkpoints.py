@@ -20,7 +20,7 @@ def saved(network, tmp_path: Path) -> Path:
         network,
         path,
         preprocessing=PREPROCESSING,
-        params={"seed": 0, "kd": KD("kl", 0.5, 4.0)},
+        params={"seed": 0, "kd": KD("kl", 0.5, 4.0, "teacher", False)},
         metrics={"validation/accuracy": 0.5},
     )
     return path
@@ -34,7 +34,13 @@ def test_round_trip(network, saved: Path):
     with torch.no_grad():
         assert torch.equal(read(images), network(images))
     described = json.loads(saved.with_suffix(".json").read_text())
-    assert described["params"]["kd"] == {"distance": "kl", "beta": 0.5, "temperature": 4.0}
+    assert described["params"]["kd"] == {
+        "distance": "kl",
+        "beta": 0.5,
+        "temperature": 4.0,
+        "source": "teacher",
+        "paper_weights": False,
+    }
     assert described["metrics"] == {"validation/accuracy": 0.5}
     assert "git_commit" in described
 

@@ -2,10 +2,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from toys import randomise, replace
 
-from edgeke.learning.distances import kl
+from edgeke.errors import InputError
+from edgeke.learning.distances import DISTANCES, js, kl, wasserstein
 from edgeke.learning.objectives import CrossEntropy, Distillation, make_objective
+from edgeke.networks.architecture import Architecture
+from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import KD
+
+HALF = KD("kl", 0.5, 4.0, "teacher", False)
 
 
 class Fixed(nn.Module):
@@ -24,40 +30,130 @@ def fixed(seed: int, exits: int = 1) -> Fixed:
 
 
 IMAGES, LABELS = torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+COSTS = torch.ones(3, 3) - torch.eye(3)
+
+
+def distil(supervisors, kd, *, labels=None, **options):
+    return Distillation(supervisors, kd, COSTS, labels=labels or CrossEntropy(), **options)
 
 
 def test_distillation_is_the_weighted_sum():
-    student, teacher, kd = fixed(0), fixed(1), KD("kl", 0.3, 4.0)
-    outcome = Distillation(teacher, kd)(student, IMAGES, LABELS)
+    student, teacher, kd = fixed(0), fixed(1), replace(HALF, beta=0.3)
+    outcome = distil([teacher], kd)(student, IMAGES, LABELS)
     distance = kl(student.logits[0], teacher.logits[0], 4.0).mean()
     expected = 0.7 * F.cross_entropy(student.logits[0], LABELS) + 0.3 * 16 * distance
     assert torch.allclose(outcome["loss"], expected)
     assert torch.allclose(outcome["distance"], distance)
 
 
-def test_the_teacher_pulls_and_does_not_move():
+@pytest.mark.parametrize("name", DISTANCES)
+def test_the_teacher_pulls_and_does_not_move(name):
     student, teacher = fixed(0), fixed(1)
-    outcome = Distillation(teacher, KD("kl", 1.0, 4.0))(student, IMAGES, LABELS)
+    kd = replace(HALF, distance=name, beta=1.0)
+    outcome = distil([teacher], kd)(student, IMAGES, LABELS)
     outcome["loss"].backward()
     assert student.logits.grad is not None
     assert student.logits.grad.abs().max() > 0
     assert not teacher.logits.requires_grad
-    stepped = Fixed(student.logits.detach() - 0.5 * student.logits.grad)
-    closer = Distillation(teacher, KD("kl", 1.0, 4.0))(stepped, IMAGES, LABELS)
+    stepped = Fixed(student.logits.detach() - 0.1 * student.logits.grad)
+    closer = distil([teacher], kd)(stepped, IMAGES, LABELS)
     assert closer["distance"] < outcome["distance"]
 
 
-def test_several_exits_are_averaged():
+def test_exits_are_averaged_or_weighted():
+    student, teacher, kd = fixed(0, exits=2), fixed(1), replace(HALF, distance="js")
+    together = distil([teacher], kd)(student, IMAGES, LABELS)["loss"]
+    alone = torch.stack(
+        [
+            distil([teacher], kd)(Fixed(one[None]), IMAGES, LABELS)["loss"]
+            for one in student.logits.detach()
+        ]
+    )
+    assert torch.allclose(together, alone.mean())
+    weighted = distil([teacher], kd, labels=CrossEntropy((0.2, 0.6)))
+    expected = (alone * torch.tensor([0.2, 0.6])).sum()
+    assert torch.allclose(weighted(student, IMAGES, LABELS)["loss"], expected)
+
+
+def test_the_main_exit_supervises_the_others_and_is_not_pulled():
+    student, kd = fixed(0, exits=3), replace(HALF, distance="js", beta=1.0, source="main")
+    outcome = distil([], kd, from_main=True)(student, IMAGES, LABELS)
+    expected = [js(student.logits[e], student.logits[2], 4.0).mean() for e in (0, 1)]
+    assert torch.allclose(outcome["distance"][:2], torch.stack(expected))
+    assert outcome["distance"][2] == 0
+    outcome["loss"].backward()
+    # The main exit learns from labels alone: its gradient is that of cross-entropy.
+    main = student.logits.detach()[2].requires_grad_()
+    (F.cross_entropy(main, LABELS) / 3).backward()
+    assert torch.allclose(student.logits.grad[2], main.grad)
+
+
+def test_two_supervisors_are_averaged():
     student, teacher = fixed(0, exits=2), fixed(1)
-    together = Distillation(teacher, KD("js", 0.5, 2.0))(student, IMAGES, LABELS)["loss"]
-    alone = [
-        Distillation(teacher, KD("js", 0.5, 2.0))(Fixed(one[None]), IMAGES, LABELS)["loss"]
-        for one in student.logits.detach()
-    ]
-    assert torch.allclose(together, torch.stack(alone).mean())
+    both = distil([teacher], replace(HALF, source="both"), from_main=True)
+    outcome = both(student, IMAGES, LABELS)
+    from_teacher = kl(student.logits[0], teacher.logits[0], 4.0).mean()
+    from_main = kl(student.logits[0], student.logits[1], 4.0).mean()
+    assert torch.allclose(outcome["distance"][0], (from_teacher + from_main) / 2)
+    last = kl(student.logits[1], teacher.logits[0], 4.0).mean()
+    assert torch.allclose(outcome["distance"][1], last)
+
+
+def test_mixed_targets_are_probabilities():
+    student, teacher = fixed(0), fixed(1)
+    mixed = 0.75 * F.one_hot(LABELS, 3).float() + 0.25 * F.one_hot(LABELS.flip(0), 3).float()
+    outcome = CrossEntropy()(student, IMAGES, mixed)
+    log_probabilities = student.logits[0].log_softmax(-1)
+    assert torch.allclose(outcome["loss"], -(mixed * log_probabilities).sum(-1).mean())
+    dkd = replace(HALF, distance="dkd")
+    hard = distil([teacher], dkd)(student, IMAGES, LABELS)["distance"]
+    assert torch.allclose(distil([teacher], dkd)(student, IMAGES, mixed)["distance"], hard)
+
+
+def real_teacher(classes: int = 3) -> BranchyNet:
+    return randomise(BranchyNet(Architecture.single("resnet10", 4, 1, classes)))
+
+
+def test_the_papers_own_weights():
+    student = fixed(0)
+    images = torch.randn(4, 1, 8, 8)
+    teacher = real_teacher()
+    kd = replace(HALF, distance="wasserstein", beta=0.3, paper_weights=True)
+    answer = teacher(images)[0]
+    student = Fixed(torch.randn(1, 4, 3))
+    distance = wasserstein(student.logits[0], answer, 4.0).mean()
+    for factor in (1.0, 2.0):
+        objective = make_objective(kd, teacher, 3, paper_factor=factor)
+        expected = F.cross_entropy(student.logits[0], LABELS) + factor * 16 * distance
+        assert torch.allclose(objective(student, images, LABELS)["loss"], expected, atol=1e-6)
 
 
 def test_none_means_no_teacher():
-    assert isinstance(make_objective(KD("none", 0.5, 4.0), None), CrossEntropy)
+    assert isinstance(make_objective(replace(HALF, distance="none"), None, 3), CrossEntropy)
     with pytest.raises(ValueError, match="needs a teacher"):
-        make_objective(KD("kl", 0.5, 4.0), None)
+        make_objective(HALF, None, 3)
+
+
+def test_a_teacher_of_other_classes_is_refused():
+    with pytest.raises(InputError, match="the teacher knows 5 classes, the student 3"):
+        make_objective(HALF, real_teacher(5), 3)
+
+
+@pytest.mark.parametrize(
+    ("source", "main", "joint", "count", "from_main"),
+    [
+        ("teacher", None, True, 1, False),
+        ("main", None, True, 0, True),
+        ("both", None, True, 1, True),
+        ("main", nn.Identity(), False, 1, False),
+        ("both", nn.Identity(), False, 2, False),
+        ("main", None, False, 1, False),  # a branch alone: only the teacher is there
+    ],
+)
+def test_who_supervises(source, main, joint, count, from_main):
+    objective = make_objective(
+        replace(HALF, source=source), real_teacher(), 3, main=main, joint=joint
+    )
+    assert isinstance(objective, Distillation)
+    assert len(objective.supervisors) == count
+    assert objective.from_main is from_main

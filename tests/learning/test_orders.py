@@ -2,40 +2,74 @@ import copy
 
 import pytest
 import torch
-from toys import SIZE
+from toys import SIZE, randomise, replace
 
-from edgeke.learning.orders import ORDERS, Phase, PhaseNetwork, start_exit
+from edgeke.learning.orders import ORDERS, Order, Phase
+from edgeke.learning.phases import phase_network
+from edgeke.networks.branchynet import BranchyNet
+
+ATTACHED = (6, 7, 9)  # ResNet18: layer3.0, layer3.1, layer4.1
 
 
-def test_phases_of_the_papers_layout():
-    attached = (6, 7, 9)  # ResNet18: layer3.0, layer3.1, layer4.1
-    assert list(ORDERS["asynchronous"](attached)) == [Phase(1, 7), Phase(0, 6)]
-    assert list(ORDERS["asynchronous_back"](attached)) == [Phase(1, 6), Phase(2, 7)]
-    assert start_exit("asynchronous", 3) == 2
-    assert start_exit("asynchronous_back", 3) == 0
+def test_the_papers_orders():
+    assert ORDERS["asynchronous"](ATTACHED) == Order((2,), (Phase((1,), 7), Phase((0,), 6)))
+    assert ORDERS["asynchronous_back"](ATTACHED) == Order((0,), (Phase((1,), 6), Phase((2,), 7)))
+    assert ORDERS["synchronous"](ATTACHED) == Order((), (Phase((0, 1, 2), 0),))
+
+
+def test_the_other_orders():
+    assert ORDERS["mixed"](ATTACHED) == Order((2,), (Phase((0, 1, 2), 0),))
+    assert ORDERS["independent"](ATTACHED) == Order((0, 1, 2), (), shared=False)
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("attached", [(3, 5), (3, 5, 7, 9), (2, 3, 4, 5, 6)])
+def test_every_exit_is_trained_or_taken_over_for_any_number_of_exits(order, attached):
+    plan = ORDERS[order](attached)
+    trained = {exit for phase in plan.phases for exit in phase.exits}
+    assert trained | set(plan.starts) == set(range(len(attached)))
+    assert all(phase.frozen <= attached[phase.exits[0]] for phase in plan.phases)
+
+
+@pytest.mark.parametrize("order", ["asynchronous", "asynchronous_back", "synchronous", "mixed"])
 def test_a_phase_moves_only_what_it_says(network, order):
     images = torch.randn(8, 1, SIZE, SIZE)
-    for phase in ORDERS[order](network.attached):
+    for phase in ORDERS[order](network.attached).phases:
         before = copy.deepcopy(network.state_dict())
-        view = PhaseNetwork(network, phase).train()
+        view = phase_network(network, phase).train()
         optimiser = torch.optim.SGD([p for p in view.parameters() if p.requires_grad], lr=0.1)
         view(images).square().sum().backward()
         optimiser.step()
         moved = {key for key, value in network.state_dict().items() if not before[key].equal(value)}
-        end = network.attached[phase.exit]
-        allowed = {f"trunk.{i}." for i in range(phase.frozen, end)} | {f"exits.{phase.exit}."}
-        assert moved
-        assert all(key.startswith(tuple(allowed)) for key in moved)
-        assert {key.split(".")[0] + "." + key.split(".")[1] + "." for key in moved} == allowed
+        end = network.attached[phase.exits[-1]]
+        allowed = {f"trunk.{i}." for i in range(phase.frozen, end)}
+        allowed |= {f"exits.{e}." for e in phase.exits}
+        assert {".".join(key.split(".")[:2]) + "." for key in moved} == allowed
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ["asynchronous", "asynchronous_back", "mixed"])
 @torch.no_grad()
-def test_the_view_answers_like_the_exit(network, order):
+def test_the_view_answers_like_the_network(network, order):
     images = torch.randn(4, 1, SIZE, SIZE)
-    for phase in ORDERS[order](network.attached):
-        view = PhaseNetwork(network, phase).eval()
-        assert torch.equal(view(images)[0], network(images)[phase.exit])
+    for phase in ORDERS[order](network.attached).phases:
+        view = phase_network(network, phase).eval()
+        assert torch.equal(view(images), network(images)[list(phase.exits)])
+
+
+def test_a_phase_of_some_exits_is_refused(network):
+    with pytest.raises(ValueError, match="trains all exits"):
+        phase_network(network, Phase((0, 1), 0))
+
+
+@torch.no_grad()
+def test_independent_branches_lie_side_by_side(architecture):
+    side_by_side = BranchyNet(replace(architecture, shared=False))
+    images = torch.randn(4, 1, SIZE, SIZE)
+    assert len(side_by_side.trunk) == 0
+    branches = [randomise(BranchyNet(architecture.branch(e)), seed=e) for e in range(3)]
+    for exit, branch in enumerate(branches):
+        side_by_side.load_branch(exit, branch)
+    side_by_side.eval()
+    for exit, branch in enumerate(branches):
+        assert torch.equal(side_by_side(images)[exit], branch(images)[0])
+        assert torch.equal(side_by_side.branch(exit)(images), branch(images))

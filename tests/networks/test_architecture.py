@@ -18,8 +18,13 @@ def test_the_papers_layout():
         ExitSpec("layer3.1", "branch"),
         ExitSpec("layer4.1", "main"),
     )
-    with pytest.raises(InputError, match="layout 'paper' is unknown; use one of edgeke"):
+    with pytest.raises(InputError, match="layout 'paper' is unknown; use one of edgeke, stages"):
         layout_exits("paper", "resnet18")
+
+
+def test_a_layout_of_ones_own():
+    own = (ExitSpec("layer1.1", "linear"), ExitSpec("layer3.0", "attention"))
+    assert layout_exits(own, "resnet18") == (*own, ExitSpec("layer4.1", "main"))
 
 
 def test_round_trip_through_json(architecture):
@@ -35,6 +40,8 @@ def test_impossible_exits_are_refused():
         Architecture(
             "resnet10", 4, 1, 3, (ExitSpec("layer3.0", "branch"), ExitSpec("layer1.0", "main"))
         )
+    with pytest.raises(InputError, match=r"branch behind layer4\.0 has no next block"):
+        layout_exits((ExitSpec("layer4.0", "branch"),), "resnet10")
     with pytest.raises(InputError, match="exit kind 'side' is unknown"):
         Architecture("resnet10", 4, 1, 3, (ExitSpec("layer3.0", "side"),))
 

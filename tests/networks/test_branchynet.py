@@ -1,12 +1,13 @@
 import copy
+import itertools
 
 import pytest
 import torch
 from toys import CLASSES, SIZE, randomise
 
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Architecture, ExitSpec
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.networks.cost import exit_macs
+from edgeke.networks.cost import exit_costs
 
 
 @pytest.fixture
@@ -72,12 +73,52 @@ def test_the_backbone_is_torchvisions_resnet(backbone):
 
 def test_macs_of_the_papers_networks():
     # REFERENCE: ResNet18 has 555 M MACs; exit 0 costs 75.8 % of it.
-    plain = exit_macs(BranchyNet(Architecture.single("resnet18", 64, 3, 100)), 32)[0]
+    alone = exit_costs(BranchyNet(Architecture.single("resnet18", 64, 3, 100)), 32)[0]
+    plain = alone.macs
     assert plain == pytest.approx(555e6, rel=0.01)
+    assert alone.parameters == 11_220_132  # ResNet18 with 100 classes and the small stem
     network = BranchyNet(Architecture.with_layout("edgeke", "resnet18", 64, 3, 100)).train()
-    macs = exit_macs(network, 32)
+    macs = [cost.macs for cost in exit_costs(network, 32)]
     assert macs[0] / plain == pytest.approx(0.758, abs=0.001)
     assert macs[0] < macs[1] < macs[2]
     # The reference computes layer3 twice and pays 134.8 %; a shared trunk cannot.
     assert macs[2] / plain < 1.25
     assert network.training
+
+
+def test_the_stages_layout_keeps_its_budget():
+    plain = exit_costs(BranchyNet(Architecture.single("resnet18", 64, 3, 100)), 32)[0]
+    network = BranchyNet(Architecture.with_layout("stages", "resnet18", 64, 3, 100))
+    costs = exit_costs(network, 32)
+    assert len(costs) == 4
+    assert costs[0].macs / plain.macs <= 0.30
+    assert costs[-1].macs / plain.macs <= 1.05
+    for smaller, larger in itertools.pairwise(costs):
+        assert smaller.parameters < larger.parameters
+        assert smaller.activation_bytes < larger.activation_bytes
+    assert costs[-1].parameters == sum(p.numel() for p in network.parameters())
+
+
+def test_activation_bytes_by_hand():
+    network = BranchyNet(Architecture("resnet10", 4, 1, 3, (ExitSpec("stem", "linear"),)))
+    # Convolution, batch norm and ReLU write 4 x 8 x 8; pooling and flattening 4; linear 3.
+    assert exit_costs(network, 8)[0].activation_bytes == 4 * (3 * 256 + 4 + 4 + 3)
+
+
+@pytest.mark.parametrize("kind", ["branch", "attention", "linear"])
+@torch.no_grad()
+def test_every_kind_of_exit_answers_wherever_it_is_attached(images, kind):
+    for attach in ("stem", "layer1.0", "layer2.0", "layer3.0"):
+        network = BranchyNet(
+            Architecture(
+                "resnet10", 4, 1, 3, (ExitSpec(attach, kind), ExitSpec("layer4.0", "main"))
+            )
+        ).eval()
+        assert network(images).shape == (2, 5, 3)
+        assert torch.equal(network.branch(0)(images)[0], network(images)[0])
+
+
+def test_class_vectors_are_the_last_linear_layer(network):
+    vectors = network.class_vectors()
+    assert vectors.shape == (len(CLASSES), 32)
+    assert not vectors.requires_grad

@@ -22,10 +22,10 @@ def dkd(
     teacher knows an image, the less plain KL says about the other classes. Logits `[..., N, K]`,
     labels `[N]`; returns `[..., N]`, in nats.
     """
-    shape = torch.broadcast_shapes(student_logits.shape, teacher_logits.shape)
-    others = ~F.one_hot(labels, shape[-1]).bool().expand(shape)
-    student, student_others = _split(student_logits.expand(shape) / temperature, others)
-    teacher, teacher_others = _split(teacher_logits.expand(shape) / temperature, others)
+    teacher_logits = teacher_logits.expand_as(student_logits)
+    others = ~F.one_hot(labels, student_logits.shape[-1]).bool().expand_as(student_logits)
+    student, student_others = _split(student_logits / temperature, others)
+    teacher, teacher_others = _split(teacher_logits / temperature, others)
     target = (teacher.exp() * (teacher - student)).sum(dim=-1)
     other = (teacher_others.exp() * (teacher_others - student_others)).sum(dim=-1)
     return target_weight * target + other_weight * other

@@ -34,7 +34,7 @@ def wasserstein_classes(
     """
     student_log = F.log_softmax(student_logits / temperature, dim=-1)
     teacher_log = F.log_softmax(teacher_logits / temperature, dim=-1)
-    student_log, teacher_log = torch.broadcast_tensors(student_log, teacher_log)
+    teacher_log = teacher_log.expand_as(student_log)
     costs = costs.to(student_log)
     to_teacher, to_student = _potentials(student_log, teacher_log, costs)
     within_student, _ = _potentials(student_log, student_log, costs)
@@ -57,4 +57,4 @@ def _potentials(first: Tensor, second: Tensor, costs: Tensor) -> tuple[Tensor, T
 
 def _soft_minimum(log_weights: Tensor, potential: Tensor, costs: Tensor) -> Tensor:
     exponents = log_weights + potential / _EPSILON
-    return -_EPSILON * (exponents.unsqueeze(-2) - costs / _EPSILON).logsumexp(dim=-1)
+    return (exponents.unsqueeze(-2) - costs / _EPSILON).logsumexp(dim=-1) * -_EPSILON
