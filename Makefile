@@ -2,7 +2,7 @@
 VENV := .venv/bin
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 
-.PHONY: help setup run test check plots picture ui
+.PHONY: help setup run test check show plots picture ui
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,6 +19,10 @@ test: setup ## checks and the whole test suite
 
 check: setup ## format, lint, types, dvc.lock
 	scripts/check
+
+show: setup ## experiments in the terminal: what was changed and the headline metrics
+	dvc exp show --no-pager --drop '.*' \
+	  --keep '(Experiment|Created|profile$$|kd\.|branchynet\.|test/(full|exit_0|teacher)/accuracy$$)'
 
 plots: setup ## dvc_plots/index.html: curves, accuracy against cost, exit shares, reliability
 	dvc plots show

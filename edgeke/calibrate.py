@@ -73,7 +73,9 @@ def fit_policy(
         ),
     }
     frontier = fit_frontier(samples, costs, settings.frontier_points)
-    candidates |= {f"frontier_{i}": candidate for i, candidate in enumerate(frontier, 1)}
+    named = {candidate.thresholds for candidate in candidates.values()}
+    new = [candidate for candidate in frontier if candidate.thresholds not in named]
+    candidates |= {f"frontier_{i}": candidate for i, candidate in enumerate(new, 1)}
     ordered = sorted(candidates, key=lambda name: (-candidates[name].cost, name != "full"))
     enough = candidates["full"].accuracy
     default = [name for name in ordered if candidates[name].accuracy >= enough][-1]

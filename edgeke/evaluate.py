@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeke.data.dataset import Split
-from edgeke.device.policy import Policy
+from edgeke.device.policy import Policy, parse_policy
 from edgeke.errors import InputError
 from edgeke.graph.parity import check_exits
 from edgeke.graph.runner import channels_last
@@ -31,12 +31,14 @@ _TIE = 1e-6
 class Evaluation:
     """Metrics, and the rows of the pictures: accuracy against cost, and exit shares."""
 
+    policy: Policy
     metrics: dict[str, float]
     frontier: list[dict[str, object]]
     shares: list[dict[str, object]]
 
-    def headline(self, policy: Policy, calibrated: Mapping[str, float]) -> dict[str, float]:
+    def headline(self, calibrated: Mapping[str, float]) -> dict[str, float]:
         """What runs are compared by: every exit, and the default point, on each split."""
+        policy = self.policy
         names = [f"exit_{e}/accuracy" for e in range(len(policy.macs))]
         headline = {f"validation/{name}": calibrated[f"validation/{name}"] for name in names}
         headline |= {f"test/{name}": self.metrics[f"test/{name}"] for name in names}
@@ -55,25 +57,29 @@ def evaluate(
     model: Path,
     static: Mapping[str, Path],
     static_macs: Mapping[str, int],
-    policy: Policy,
     test: Split,
     settings: Evaluate,
 ) -> Evaluation:
     """Measure the one-file model and its static rivals on the test split.
 
     All inference and timing happen in a fresh process that holds only numpy and ONNX Runtime;
-    accuracy follows from the answers it brings back. `static` must hold `main` and `teacher`.
+    accuracy follows from the answers it brings back, and the operating points are those that the
+    file carries. `static` must hold `main` and `teacher`.
     Errors: InputError with that process's own words when it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         measured = _measure(model, static, test, settings, Path(folder))
         probabilities = np.load(Path(folder) / "probabilities.npy")
         logits = {name: np.load(Path(folder) / f"{name}.npy") for name in static}
+    policy = parse_policy(measured["policy"])
     scores = SCORES[policy.score](probabilities)
     labels, exits = test.labels, len(probabilities)
     metrics: dict[str, float] = {}
     frontier: list[dict[str, object]] = []
     shares: list[dict[str, object]] = []
+
+    # The default's neighbours on the frontier would cover its label.
+    labels_of = {p.name: "" for p in policy.points if p.name not in ("full", "proportions")}
 
     def add(name: str, kind: str, right: NDArray[np.bool_], macs: float, timed: str) -> None:
         low, high = share_interval(int(right.sum()), len(right))
@@ -85,7 +91,7 @@ def evaluate(
         frontier.append(
             {
                 "name": name,
-                "label": "default" if name == policy.default else name.split("frontier_")[0],
+                "label": "default" if name == policy.default else labels_of.get(name, name),
                 "kind": kind,
                 "cost_percent": 100 * macs / static_macs["main"],
                 "accuracy_percent": 100 * float(right.mean()),
@@ -122,7 +128,7 @@ def evaluate(
         metrics[f"test/{name}/file_mib"] = size
         metrics[f"test/{name}/peak_memory_mib"] = measured["peak_memory_mib"][name]
     metrics["test/edgeke/load_ms"] = measured["load_ms"]
-    return Evaluation(metrics, frontier, shares)
+    return Evaluation(policy, metrics, frontier, shares)
 
 
 def _measure(

@@ -268,6 +268,10 @@ class Profile:
     augmentation: Augmentation
     recipes: Recipes
 
+    def __post_init__(self) -> None:
+        fits = self.augmentation.crop_padding < self.data.image_size
+        require(fits, "augmentation.crop_padding", "pad by less than the image's side")
+
 
 @dataclass(frozen=True)
 class Params:
@@ -294,18 +298,12 @@ class Params:
         exits, order = len(layout.exits), self.branchynet.order
         branches, starts = self.distill.branches, ORDERS[order](layout.depths).starts
         fits = len(set(branches)) == len(branches) and all(0 <= b < exits for b in branches)
-        full = ",".join(str(e) for e in range(exits))
+        first = ", ".join(map(str, starts)) or "none"
         require(
-            fits and bool(branches),
+            fits and bool(branches) and set(starts) <= set(branches),
             "distill.branches",
-            f"the layout has exits 0 to {exits - 1}, each named once; add "
-            f"-S 'distill.branches=[{full}]'",
-        )
-        require(
-            set(starts) <= set(branches),
-            "distill.branches",
-            f"order {order} starts from branch {', '.join(map(str, starts))}, which must be "
-            f"distilled; add -S 'distill.branches=[{full}]'",
+            f"the layout has exits 0 to {exits - 1}, each named once, and order {order} starts "
+            f"from branch {first}; add -S 'distill.branches=[{','.join(map(str, range(exits)))}]'",
         )
         for key, values in (
             ("branchynet.weights", self.branchynet.weights),
@@ -339,7 +337,9 @@ def load(path: Path = Path("params.yaml")) -> Params:
             f"{path} is missing; run from the repository's root, where params.yaml lies"
         ) from None
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error}); replace it") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold sections such as `kd:`, not {content!r}")
     return parse(content, str(path))
@@ -360,7 +360,7 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
     name, profiles = values.pop("profile"), values.pop("profiles")
     if not isinstance(profiles, dict) or not profiles:
         raise InputError(f"{where}: `profiles` must hold at least one profile")
-    if name not in profiles:
+    if not isinstance(name, str) or name not in profiles:
         raise InputError(
             f"{where}: profile = {name!r} does not exist; use one of "
             f"{', '.join(map(str, profiles))}"

@@ -11,8 +11,10 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Run", "pipeline_state", "project_root", "stage_run", "store_uri"]
 
 _STATE = "edgeke.state"
-# What MLflow refuses in a metric's name; classes are named by the user's folders.
-_FORBIDDEN = re.compile(r"[^\w\-. :/]")
 _DVC_TAGS = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 
 
@@ -62,6 +62,7 @@ class _MlflowRun:
 
     def __init__(self, client: "MlflowClient", parent: str, child: str, slot: str) -> None:
         self.client, self.parent, self.child, self.slot = client, parent, child, slot
+        self.lost = False
 
     def epoch(self, epoch: int, row: Mapping[str, float]) -> None:
         self._log(self.child, row, epoch)
@@ -75,18 +76,38 @@ class _MlflowRun:
             known, slot = read_json(file), file.parent.relative_to("results").as_posix()
             other = known["run_id"] and known["parent_run_id"] != self.parent
             if other and slot != self.slot:  # our own note is still that of the run before
-                self.client.set_tag(self.parent, f"edgeke.restored.{slot}", known["run_id"])
+                tag = (self.parent, f"edgeke.restored.{slot}", known["run_id"])
+                self._send(partial(self.client.set_tag, *tag))
 
     def _log(self, run: str, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         metrics = [
-            Metric(_FORBIDDEN.sub("_", key)[:250], float(value), now, step)
-            for key, value in values.items()
+            Metric(_metric_name(key), float(value), now, step) for key, value in values.items()
         ]
         for start in range(0, len(metrics), 1000):  # MLflow's limit for one batch
-            self.client.log_batch(run, metrics[start : start + 1000])
+            self._send(partial(self.client.log_batch, run, metrics[start : start + 1000]))
+
+    def end(self, status: str) -> None:
+        """End child and parent: which stage is the last one is DVC's to decide."""
+        for run_id in (self.child, self.parent):
+            self._send(partial(self.client.set_terminated, run_id, status))
+
+    def _send(self, call: Callable[[], object]) -> None:
+        """A store that stops answering must not cost a training: say so once, and go on."""
+        if self.lost:
+            return
+        try:
+            call()
+        except Exception as error:  # MLflow passes on whatever its store raises
+            self.lost = True
+            reason = str(error).splitlines()[0]
+            print(
+                f"warning: the tracking store stopped answering ({reason}); the stage goes on, "
+                "the rest of its run is not logged",
+                file=sys.stderr,
+            )
 
 
 def project_root() -> Path:
@@ -107,6 +128,10 @@ def pipeline_state(params: Params) -> str:
     """A hash that is the same for all stages of one pipeline state."""
     digest = hashlib.sha256(json.dumps(flatten(params), sort_keys=True).encode())
     digest.update(os.environ.get("DVC_EXP_NAME", "").encode())
+    if params.profile.data.source == "image_folder":
+        for file in sorted(Path(params.data.path).rglob("*")):
+            facts = file.stat()
+            digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}".encode())
     for file in _listed_code(Path("dvc.yaml")):
         digest.update(str(file).encode())
         digest.update(file.read_bytes())
@@ -138,10 +163,13 @@ def stage_run(slot: str, params: Params) -> Iterator[Run]:
         status = "KILLED"
         raise
     finally:
-        # Every stage ends the parent: which stage is the last one is DVC's to decide.
-        for run_id in (child, parent):
-            client.set_terminated(run_id, status)
+        run.end(status)
     write_json(note, {"run_id": child, "parent_run_id": parent})
+
+
+def _metric_name(key: str) -> str:
+    """The key with what MLflow refuses spelt as code points: classes are named by users."""
+    return re.sub(r"[^\w\-. :/]", lambda found: f"-u{ord(found[0]):x}-", key)[:250]
 
 
 def _connect(params: Params, root: Path) -> "MlflowClient | None":
@@ -152,18 +180,19 @@ def _connect(params: Params, root: Path) -> "MlflowClient | None":
         if error.name != "mlflow":
             raise
         return None
-    from mlflow.exceptions import MlflowException
-
     uri = store_uri(root)
     try:
         # The first process on a fresh SQLite file creates its tables; a second one would collide.
         with _store_lock(root):
             client = MlflowClient(uri)
-            client.get_experiment_by_name(params.tracking.experiment)
+            found = client.get_experiment_by_name(params.tracking.experiment)
+            if found is not None and found.lifecycle_stage == "deleted":
+                client.restore_experiment(found.experiment_id)
         return client
-    except MlflowException as error:
+    except Exception as error:  # MLflow passes on whatever its store raises
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"the tracking store {uri} does not answer ({error}); mend it, point "
+            f"the tracking store {uri} does not answer ({reason}); mend it, point "
             "MLFLOW_TRACKING_URI elsewhere, or run with -S tracking.enabled=false"
         ) from error
 
@@ -207,7 +236,9 @@ def _tags(params: Params) -> dict[str, str]:
     commit = _git("rev-parse", "HEAD")
     if commit:
         tags["mlflow.source.git.commit"] = commit
-        tags["edgeke.dirty"] = str(bool(_git("status", "--porcelain"))).lower()
+        # DVC itself changes params.yaml, dvc.lock and results/: only code says something.
+        changed = _git("status", "--porcelain", "--", "edgeke", "stages", "dvc.yaml")
+        tags["edgeke.dirty"] = str(bool(changed)).lower()
     return {key: value for key, value in tags.items() if value or key == "DVC_STAGE"}
 
 

@@ -1,6 +1,7 @@
 """What every stage entry does around its own work: parameters, tracking, metrics, errors."""
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ def entry(slot: str, body: Body) -> int:
 
     Bad input is printed as one line; any other exception keeps its traceback.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: KILLED
     try:
         loaded = params.load()
         with tracking.stage_run(slot, loaded) as run:
@@ -33,8 +35,8 @@ def entry(slot: str, body: Body) -> int:
         print(f"stopped: {error}" if str(error) else "stopped", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        print(f"error: no space left on the disk ({error}); free some, run again", file=sys.stderr)
+        print(f"error: {error}; mend what stands in the way and run again", file=sys.stderr)
         return 1
     return 0

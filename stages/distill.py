@@ -7,6 +7,7 @@ import torch
 
 from edgeke.data.dataset import load_dataset
 from edgeke.distill import distill
+from edgeke.errors import InputError
 from edgeke.files import write_table
 from edgeke.learning.build import student_architecture
 from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
@@ -15,7 +16,7 @@ from edgeke.tracking import Run
 from stages._entry import entry
 
 
-def run(params: Params, log: Run, branch: int) -> dict[str, float]:
+def run(params: Params, log: Run, number: str) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
     recipe, augmentation, kd = (
         params.profile.recipes.distill,
@@ -24,7 +25,12 @@ def run(params: Params, log: Run, branch: int) -> dict[str, float]:
     )
     plan = Plan(params.seed, params.training, augmentation, recipe)
     student = student_architecture(params.profile.student, params.branchynet.layout, dataset)
-    teacher = None
+    if number not in map(str, range(len(student.exits))):
+        raise InputError(
+            f"branch {number} does not exist; run `python -m stages.distill BRANCH` with a number "
+            f"from 0 to {len(student.exits) - 1}"
+        )
+    branch, teacher = int(number), None
     if kd.distance != "none":
         teacher, _ = load_checkpoint(Path("models/teacher"), torch.device("cpu"))
     trained = distill(dataset, student, branch, teacher, kd, plan, on_epoch=log.epoch)
@@ -42,5 +48,5 @@ def run(params: Params, log: Run, branch: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    number = int(sys.argv[1])
+    number = sys.argv[1] if len(sys.argv) == 2 else "none"
     sys.exit(entry(f"distill/{number}", lambda params, log: run(params, log, number)))

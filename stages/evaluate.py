@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 from edgeke.data.dataset import load_dataset
-from edgeke.device.policy import read_policy
 from edgeke.evaluate import evaluate
 from edgeke.files import read_json, write_table
 from edgeke.params import Params
@@ -15,20 +14,19 @@ from stages._entry import entry
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("test",))
     exported = read_json(Path("results/export/metrics.json"))
-    policy = read_policy(Path("models/policy.json"))
     names = ("main", "teacher")
     evaluation = evaluate(
         Path("models/edgeke.onnx"),
         {name: Path(f"models/static/{name}.onnx") for name in names},
         {name: exported[f"cost/{name}/macs"] for name in names},
-        policy,
         dataset["test"],
         params.evaluate,
     )
+    headline = evaluation.headline(read_json(Path("results/calibrate/metrics.json")))
     results = Path("results/evaluate")
     write_table(results / "frontier.csv", evaluation.frontier)
     write_table(results / "exit_shares.csv", evaluation.shares)
-    log.headline(evaluation.headline(policy, read_json(Path("results/calibrate/metrics.json"))))
+    log.headline(headline)
     return evaluation.metrics
 
 

@@ -48,9 +48,8 @@ def built(network, dataset, tmp_path: Path):
 
 def test_accuracy_comes_from_the_file_and_everything_is_measured(built, dataset):
     model, static, policy, answers = built
-    evaluation = evaluate(
-        model, static, {"main": MAIN, "teacher": 200}, policy, dataset["test"], SETTINGS
-    )
+    evaluation = evaluate(model, static, {"main": MAIN, "teacher": 200}, dataset["test"], SETTINGS)
+    assert evaluation.policy == policy
     metrics = evaluation.metrics
     probabilities = calibrated_probabilities(answers.logits, policy.temperatures)
     for point in policy.points:
@@ -84,23 +83,21 @@ def test_accuracy_comes_from_the_file_and_everything_is_measured(built, dataset)
         for name in ("exit_0", "exit_1", "exit_2", policy.default)
         for what in ("accuracy", "cost_share")
     }
-    headline = evaluation.headline(policy, calibrated)
+    headline = evaluation.headline(calibrated)
     assert headline["test/default/accuracy"] == metrics[f"test/{policy.default}/accuracy"]
 
 
 def test_a_broken_file_is_reported_in_the_devices_words(built, dataset):
-    model, static, policy, _ = built
+    model, static, _, _ = built
     model.write_bytes(model.read_bytes()[:200])
     with pytest.raises(InputError, match=r"device process failed: error: .*truncated"):
-        evaluate(model, static, {"main": 1, "teacher": 1}, policy, dataset["test"], SETTINGS)
+        evaluate(model, static, {"main": 1, "teacher": 1}, dataset["test"], SETTINGS)
 
 
 def test_a_file_without_a_policy_is_refused(built, dataset):
-    _, static, policy, _ = built
+    _, static, _, _ = built
     with pytest.raises(InputError, match="not an EdgeKE policy"):
-        evaluate(
-            static["main"], static, {"main": 1, "teacher": 1}, policy, dataset["test"], SETTINGS
-        )
+        evaluate(static["main"], static, {"main": 1, "teacher": 1}, dataset["test"], SETTINGS)
 
 
 def test_memory_of_one_model_is_measured_alone(built):

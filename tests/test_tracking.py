@@ -82,7 +82,7 @@ def test_class_names_that_mlflow_refuses_are_still_logged(here, loaded):
     with tracking.stage_run("download", loaded) as run:
         run.metrics({"train/images_of/nuts & bolts (M3)": 4})
     child = next(r for r in runs(loaded) if "mlflow.parentRunId" in r.data.tags)
-    assert child.data.metrics == {"train/images_of/nuts _ bolts _M3_": 4}
+    assert child.data.metrics == {"train/images_of/nuts -u26- bolts -u28-M3-u29-": 4}
 
 
 def test_another_parameter_is_another_parent(here, loaded):
@@ -166,6 +166,45 @@ def test_an_unusable_store_says_what_to_do(here, loaded, monkeypatch):
 
     with pytest.raises(InputError, match=r"gopher://nowhere does not answer.*tracking\.enabled"):
         start()
+
+
+def test_a_corrupt_store_is_told_in_one_line(tmp_path, loaded, monkeypatch):
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "mlflow.db").write_bytes(b"not a database at all" * 100)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+
+    def start() -> None:
+        with tracking.stage_run("download", loaded):
+            pass
+
+    with pytest.raises(InputError, match="does not answer") as caught:
+        start()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_experiment_deleted_in_the_ui_comes_back(here, loaded):
+    for _ in range(2):
+        with tracking.stage_run("download", loaded):
+            pass
+        found = client().get_experiment_by_name(loaded.tracking.experiment)
+        assert found.lifecycle_stage == "active"
+        client().delete_experiment(found.experiment_id)
+
+
+def test_a_store_that_dies_costs_no_training(here, loaded, capsys, monkeypatch):
+    class Dead:
+        def __getattr__(self, name: str):
+            def fail(*args: object, **kwargs: object) -> None:
+                raise ConnectionError("connection refused")
+
+            return fail
+
+    with tracking.stage_run("download", loaded) as run:
+        monkeypatch.setattr(run, "client", Dead())
+        for epoch in (1, 2, 3):
+            run.epoch(epoch, {"train/loss": 1.0})
+    assert capsys.readouterr().err.count("the tracking store stopped answering") == 1
 
 
 def test_processes_that_start_together_share_one_parent_on_a_fresh_store(tmp_path: Path):

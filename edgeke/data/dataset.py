@@ -15,6 +15,8 @@ from safetensors.numpy import save
 from edgeke.errors import InputError
 from edgeke.files import write_bytes
 
+_LISTS = ("classes", "image_shape", "mean", "std")
+
 __all__ = ["Dataset", "Split", "channel_statistics", "load_dataset", "save_dataset"]
 
 
@@ -101,24 +103,15 @@ def load_dataset(path: Path, splits: Sequence[str]) -> Dataset:
                 name: Split(file.get_tensor(f"{name}.images"), file.get_tensor(f"{name}.labels"))
                 for name in splits
             }
+        described |= {key: tuple(described[key]) for key in _LISTS}
+        return Dataset(**described, splits=read)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; `dvc repro download` builds it") from None
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
             f"{path} is truncated or not a dataset file ({error}); delete it and run "
             "`dvc repro download`"
         ) from error
-    return Dataset(
-        name=described["name"],
-        classes=tuple(described["classes"]),
-        image_shape=tuple(described["image_shape"]),
-        mean=tuple(described["mean"]),
-        std=tuple(described["std"]),
-        source=described["source"],
-        seed=described["seed"],
-        sha256=described["sha256"],
-        splits=read,
-    )
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]]) -> str:

@@ -14,6 +14,7 @@ from edgeke.params import Source
 
 __all__ = ["SOURCES", "LabelledImages", "read_source"]
 
+_Bomb = Image.DecompressionBombError
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -91,7 +92,7 @@ def _image_folder(source: Source, path: Path) -> LabelledImages:
     if not path.is_dir():
         raise InputError(
             f"data.path = {path} is not a folder; put class folders there, or point to them with "
-            "-S data.path=FOLDER"
+            "-S data.path=/absolute/folder"
         )
     # A class may be called train, too: only a folder of folders is a split.
     train_folder = path / "train"
@@ -106,7 +107,11 @@ def _image_folder(source: Source, path: Path) -> LabelledImages:
                 f"of them: {', '.join(differing)}"
             )
         for label, name in enumerate(classes):
-            found = sorted(f for f in (part / name).iterdir() if f.suffix.lower() in _SUFFIXES)
+            found = sorted(
+                file
+                for file in (part / name).iterdir()
+                if file.suffix.lower() in _SUFFIXES and file.name[0] != "."
+            )
             if not found:
                 raise InputError(
                     f"class folder {part / name} holds no images ({', '.join(sorted(_SUFFIXES))});"
@@ -115,8 +120,8 @@ def _image_folder(source: Source, path: Path) -> LabelledImages:
             files += found
             labels += [label] * len(found)
         train = train or len(files)
-    bar = tqdm(files, desc=f"read {path}", unit="image", mininterval=1)
-    images = np.stack([_read_image(file, source) for file in bar])
+    with tqdm(files, desc=f"read {path}", unit="image", mininterval=1) as bar:
+        images = np.stack([_read_image(file, source) for file in bar])
     return LabelledImages(images, np.asarray(labels, np.int64), classes, train)
 
 
@@ -127,7 +132,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
     if not names:
         raise InputError(
             f"{folder} holds no class folders; put the images of each class into a folder of its "
-            "name"
+            "name (queued and --temp runs work in a copy: give data.path as an absolute path)"
         )
     return names
 
@@ -136,7 +141,9 @@ def _read_image(file: Path, source: Source) -> NDArray[np.uint8]:
     try:
         with Image.open(file) as image:
             return _to_array(ImageOps.exif_transpose(image), source, str(file))
-    except (UnidentifiedImageError, SyntaxError, OSError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except (UnidentifiedImageError, SyntaxError, ValueError, OSError, _Bomb) as error:
         raise InputError(
             f"{file} cannot be read as an image ({error}); replace or remove it"
         ) from error
@@ -145,6 +152,10 @@ def _read_image(file: Path, source: Source) -> NDArray[np.uint8]:
 def _to_array(image: Image.Image, source: Source, name: str) -> NDArray[np.uint8]:
     """One image as uint8 `[C, H, W]` of the profile's size."""
     size = (source.image_size, source.image_size)
+    if image.mode.startswith("I;16"):  # inspection cameras; Pillow itself would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise InputError(f"{name} has 32 bits per pixel; convert it to 8 or 16 bits")
     if image.size != size:
         if source.fit == "exact":
             raise InputError(

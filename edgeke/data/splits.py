@@ -35,7 +35,9 @@ def split_indices(found: LabelledImages, source: Source, seed: int) -> dict[str,
             "data section to a number of images or a share such as 0.2"
         )
     rest = np.arange(found.train)
-    splits = {"test": np.arange(found.train, total)} if own_test else {}
+    # Every split is shuffled: its first images, on which latency is measured, are a fair sample.
+    shuffle = np.random.default_rng(seed).permutation
+    splits = {"test": shuffle(np.arange(found.train, total))} if own_test else {}
     for name in ("test", "calibration", "validation"):
         if name in splits:
             continue
@@ -46,8 +48,8 @@ def split_indices(found: LabelledImages, source: Source, seed: int) -> dict[str,
         rest, taken = train_test_split(
             rest, test_size=count, stratify=found.labels[rest], random_state=seed
         )
-        splits[name] = np.sort(taken)
-    splits["train"] = np.sort(rest)
+        splits[name] = shuffle(taken)
+    splits["train"] = shuffle(rest)
     for name, indices in splits.items():
         missing = set(range(len(found.classes))) - set(found.labels[indices].tolist())
         if missing:

@@ -6,7 +6,6 @@ model, static rivals, test images (.npy) and an output folder; see `measure`.
 
 import json
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -40,7 +39,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     session = open_session(Path(job["model"]), threads)
     load_ms = (time.perf_counter() - started) * 1e3
-    policy = parse_policy(session.get_modelmeta().custom_metadata_map.get("policy", "{}"))
+    carried = session.get_modelmeta().custom_metadata_map.get("policy", "{}")
+    policy = parse_policy(carried)
     statics = {name: open_session(Path(file), threads) for name, file in job["static"].items()}
 
     forced = np.stack([_force(session, policy, e, images) for e in range(len(policy.macs))])
@@ -63,6 +63,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     latencies, exits = _time(contenders, images[: job["latency_images"]])
     files = {"edgeke": job["model"], **job["static"]}
     return {
+        "policy": carried,
         "latency_ms": {name: _summary(values) for name, values in latencies.items()},
         "exits": exits,
         "load_ms": load_ms,
@@ -82,6 +83,8 @@ def peak_memory() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 1024
     except (OSError, StopIteration):
+        import resource  # POSIX only
+
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return used / (2**20 if sys.platform == "darwin" else 1024)
 

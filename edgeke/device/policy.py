@@ -97,9 +97,9 @@ def parse_policy(text: str) -> Policy:
             for point in content.pop("points")
         )
         policy = Policy(points=points, **{key: _tuples(value) for key, value in content.items()})
+        _check(policy)
     except (KeyError, TypeError, AttributeError) as error:
         raise DeviceError(f"policy is incomplete ({error}); export the model again") from error
-    _check(policy)
     return policy
 
 
@@ -109,6 +109,8 @@ def read_policy(path: Path) -> Policy:
         return parse_policy(path.read_text())
     except FileNotFoundError:
         raise DeviceError(f"{path} is missing; copy the whole model folder") from None
+    except (OSError, UnicodeDecodeError, DeviceError) as error:
+        raise DeviceError(f"{path}: {error}") from error
 
 
 def _tuples(value: Any) -> Any:
@@ -121,6 +123,7 @@ def _check(policy: Policy) -> None:
     lengths = [len(policy.macs)]
     for point in policy.points:
         numbers += [*point.thresholds, *point.votes, *point.shares, point.accuracy]
+        numbers += [point.voted, *point.accuracy_interval]
         lengths += [len(point.thresholds), len(point.votes), len(point.shares)]
     sound = (
         exits > 0
@@ -128,6 +131,8 @@ def _check(policy: Policy) -> None:
         and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
         and all(b > a for a, b in zip(policy.macs, policy.macs[1:], strict=False))
         and min(policy.temperatures) > 0
+        and all(min(point.votes) >= 0 and sum(point.votes) > 0 for point in policy.points)
+        and all(isinstance(point.name, str) for point in policy.points)
         and len({point.name for point in policy.points}) == len(policy.points) > 0
     )
     if not sound:

@@ -1,8 +1,7 @@
 """Checkpoints: weights as safetensors beside a JSON file that says what they are."""
 
 import dataclasses
-import os
-import subprocess
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from edgeke.data.dataset import Dataset
 from edgeke.errors import InputError
-from edgeke.files import read_json, write_bytes, write_json
+from edgeke.files import read_json, write_bytes, write_text
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 
@@ -45,10 +44,11 @@ def save_checkpoint(
 ) -> None:
     """Write `path.safetensors` and `path.json`, each atomically.
 
-    The JSON holds the architecture, preprocessing, params, metrics and the git commit.
+    The JSON holds the architecture, preprocessing, params and metrics. The git commit stands in
+    MLflow and in DVC's revision instead: here it would make equal networks differ, and DVC would
+    train everything behind them again (docs/decisions/004-no-commit-in-checkpoints.md).
     """
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-    write_bytes(path.with_suffix(".safetensors"), save(state))
     described = {
         "architecture": network.architecture.to_json(),
         "preprocessing": dataclasses.asdict(preprocessing),
@@ -57,9 +57,10 @@ def save_checkpoint(
             for key, value in params.items()
         },
         "metrics": dict(metrics),
-        "git_commit": _git_commit(),
     }
-    write_json(path.with_suffix(".json"), described)
+    text = json.dumps(described, indent=2, allow_nan=False) + "\n"
+    write_bytes(path.with_suffix(".safetensors"), save(state))
+    write_text(path.with_suffix(".json"), text)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[BranchyNet, Preprocessing]:
@@ -76,22 +77,10 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[BranchyNet, Prepr
         network.load_state_dict(load_file(weights), strict=True)
     except FileNotFoundError:
         raise InputError(f"{weights} is missing; `dvc repro` builds it") from None
-    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"{weights} is truncated or not the checkpoint its JSON describes ({error}); delete "
+            f"{weights} is truncated or not the checkpoint its JSON describes ({reason}); delete "
             "both and run `dvc repro`"
         ) from error
     return network.to(device).eval(), preprocessing
-
-
-def _git_commit() -> str | None:
-    # DVC runs queued experiments in a copy whose HEAD is the experiment's baseline.
-    baseline = os.environ.get("DVC_EXP_BASELINE_REV")
-    if baseline:
-        return baseline
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

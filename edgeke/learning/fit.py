@@ -84,7 +84,7 @@ def fit(
                     resume.save(progress, run.state())
                 raise Stopped(f"{description} was told to stop; the same command goes on")
             row = trained
-            if not math.isfinite(row["train/loss"]):
+            if not all(map(math.isfinite, row.values())):
                 raise InputError(
                     f"the loss of {description} diverged in epoch {progress.epoch + 1}; lower "
                     f"learning_rate (now {recipe.learning_rate}) in the profile's recipes, or "
@@ -140,7 +140,7 @@ class _Run:
         recipe, device = self.plan.recipe, self.images.train.device
         mixed_precision = self.plan.training.precision == "bf16"
         self.network.train()
-        if not progress.step:
+        if not len(self.order):  # empty between epochs; a stop at step 0 keeps what was drawn
             self.order = torch.randperm(len(self.images.train), generator=self.generator)
             self.sums = torch.zeros(1 + len(self.exits or (0,)), device=device)
         order = self.order.to(device)
@@ -164,6 +164,7 @@ class _Run:
             right = (outcome["logits"].detach().argmax(-1) == labels).float().mean(-1)
             self.sums += torch.cat([outcome["loss"].detach()[None], right])
             bar.update()
+        self.order = self.order[:0]
         loss, *accuracies = (self.sums / self.steps).tolist()
         row = {"train/loss": loss}
         names = [f"exit_{e}/" for e in self.exits] if self.exits else [""]

@@ -57,8 +57,9 @@ class Distillation:
 
     D_e is the distance to each supervisor, averaged: frozen networks that answer `[1, N, K]`, and,
     with `from_main`, the network's own last exit for all exits before it (Zhang et al. 2019). An
-    exit without supervisor learns from labels alone. T^2 keeps the size of D's gradient independent
-    of the temperature. `paper_factor` replaces the weights by CE + paper_factor T^2 D.
+    exit without supervisor learns from labels alone. T^2 keeps the size of a divergence's gradient
+    independent of the temperature; that of `wasserstein` grows with T. `paper_factor` replaces the
+    weights by CE + paper_factor T^2 D.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from edgeke.errors import InputError
 from edgeke.networks.architecture import Architecture, ExitSpec, block_names
 from edgeke.networks.heads import attention_body, branch_head, main_head
 from edgeke.networks.resnet import block_channels, make_block
@@ -62,7 +63,10 @@ class BranchyNet(nn.Module):
     def load_branch(self, exit: int, branch: "BranchyNet") -> None:
         """Take over trunk and exit from a branch that was trained alone."""
         if branch.architecture != self.architecture.branch(exit):
-            raise ValueError(f"not exit {exit} of this network: {branch.architecture}")
+            raise InputError(
+                f"branch {exit} was distilled for another network than the student in params.yaml;"
+                " run `dvc repro distill`"
+            )
         self._path(exit).load_state_dict(branch._path(0).state_dict())
 
     def branch(self, exit: int) -> "BranchyNet":

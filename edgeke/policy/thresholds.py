@@ -27,7 +27,9 @@ def threshold_for_share(scores: NDArray[np.float32], share: float) -> float:
         return ALWAYS
     if cut == len(values):
         return NEVER
-    return float(np.float32((float(values[cut - 1]) + float(values[cut])) / 2))
+    middle = np.float32((float(values[cut - 1]) + float(values[cut])) / 2)
+    # Between neighbouring floats the middle rounds to one of them; scores must exceed it.
+    return float(values[cut - 1] if middle >= values[cut] else middle)
 
 
 def thresholds_for_proportions(

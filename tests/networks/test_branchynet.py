@@ -5,6 +5,7 @@ import pytest
 import torch
 from toys import CLASSES, SIZE, randomise
 
+from edgeke.errors import InputError
 from edgeke.networks.architecture import Architecture, ExitSpec
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.cost import exit_costs
@@ -33,7 +34,7 @@ def test_a_branch_taken_over_answers_as_it_did_alone(network, architecture, imag
     alone = randomise(BranchyNet(architecture.branch(1)), seed=5)
     network.load_branch(1, alone)
     assert torch.equal(network(images)[1], alone(images)[0])
-    with pytest.raises(ValueError, match="not exit 0"):
+    with pytest.raises(InputError, match="branch 0 was distilled for another network"):
         network.load_branch(0, alone)
 
 
