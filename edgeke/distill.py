@@ -3,8 +3,9 @@
 from edgeke.data.dataset import Dataset
 from edgeke.learning.alone import Trained, train_alone
 from edgeke.learning.fit import OnEpoch
-from edgeke.learning.images import Images, default_device
+from edgeke.learning.images import Images
 from edgeke.learning.objectives import make_objective
+from edgeke.learning.parallel import local_device
 from edgeke.learning.resume import ResumeFile, fingerprint
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
@@ -27,7 +28,7 @@ def distill(
 
     `teacher` may be None when `kd.distance` is none. Needs the splits train and validation.
     """
-    device = default_device()
+    device = local_device()
     objective = make_objective(
         kd,
         teacher.to(device) if teacher else None,

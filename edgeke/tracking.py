@@ -146,7 +146,8 @@ def stage_run(slot: str, params: Params) -> Iterator[Run]:
     false or MLflow is not installed. Errors: InputError when the store cannot be reached.
     """
     note = Path("results") / slot / "run.json"
-    client = _connect(params, project_root()) if params.tracking.enabled else None
+    first = not int(os.environ.get("RANK", "0"))  # of the processes that train together
+    client = _connect(params, project_root()) if params.tracking.enabled and first else None
     if client is None:
         yield _NoRun()
         write_json(note, {"run_id": None, "parent_run_id": None})

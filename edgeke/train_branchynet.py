@@ -7,9 +7,10 @@ import torch
 from edgeke.data.dataset import Dataset
 from edgeke.learning.alone import Trained
 from edgeke.learning.fit import History, OnEpoch, fit
-from edgeke.learning.images import Images, default_device, evaluate
+from edgeke.learning.images import Images, evaluate
 from edgeke.learning.objectives import make_objective
 from edgeke.learning.orders import Order
+from edgeke.learning.parallel import local_device
 from edgeke.learning.phases import OneExit, phase_network
 from edgeke.learning.resume import ResumeFile, fingerprint
 from edgeke.networks.architecture import Architecture
@@ -40,7 +41,7 @@ def train_branchynet(
     unchanged. `weights` `[E]` are those of the exits' losses when they learn together. The history
     has one row an epoch, its keys named by exit. Needs the splits train and validation.
     """
-    device = default_device()
+    device = local_device()
     images = Images.of(dataset, device)
     teacher = teacher.to(device) if teacher else None
     torch.manual_seed(plan.seed)
@@ -105,6 +106,6 @@ def train_branchynet(
 
 def exit_metrics(network: BranchyNet, dataset: Dataset) -> dict[str, float]:
     """Validation cross-entropy and accuracy of every exit."""
-    images = Images.of(dataset, default_device())
+    images = Images.of(dataset, local_device())
     network = network.to(images.train.device)
     return evaluate(network, images, tuple(range(len(network.exits))))

@@ -4,8 +4,9 @@ from edgeke.data.dataset import Dataset
 from edgeke.learning.alone import Trained, train_alone
 from edgeke.learning.build import teacher_architecture
 from edgeke.learning.fit import OnEpoch
-from edgeke.learning.images import Images, default_device
+from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
+from edgeke.learning.parallel import local_device
 from edgeke.learning.resume import ResumeFile
 from edgeke.params import Network, Plan
 
@@ -18,7 +19,7 @@ def train_teacher(dataset: Dataset, network: Network, plan: Plan, *, on_epoch: O
     return train_alone(
         architecture,
         CrossEntropy(label_smoothing=plan.recipe.label_smoothing),
-        Images.of(dataset, default_device()),
+        Images.of(dataset, local_device()),
         plan,
         description="teacher",
         on_epoch=on_epoch,

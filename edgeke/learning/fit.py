@@ -13,6 +13,7 @@ from edgeke.data.augment import Augment
 from edgeke.errors import InputError
 from edgeke.learning.images import Images, evaluate
 from edgeke.learning.objectives import Objective
+from edgeke.learning.parallel import current_parallel, world_size
 from edgeke.learning.resume import (
     Progress,
     ResumeFile,
@@ -131,7 +132,9 @@ class _Run:
         self.sums = torch.zeros(0)
         self.augment = Augment(plan.augmentation, images.classes, images.normalise.mean)
         self.objective = objective
-        self.answering: Any = torch.compile(network) if plan.training.compile else network
+        self.parallel = current_parallel(plan.recipe.batch_size)
+        together = self.parallel.wrap(network)
+        self.answering: Any = torch.compile(together) if plan.training.compile else together
 
     def epoch(
         self, progress: Progress, bar: "tqdm[None]", stopped: list[int]
@@ -145,13 +148,15 @@ class _Run:
             self.sums = torch.zeros(1 + len(self.exits or (0,)), device=device)
         order = self.order.to(device)
         for step in range(progress.step, self.steps):
-            if stopped:
+            if self._told_to_stop(stopped):
                 return None, step
             self._set_rate(progress.epoch * self.steps + step)
             batch = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
             labels = self.images.train_labels[batch]
             inputs, targets = self.augment(self.images.train[batch], labels, self.generator)
-            inputs = self.images.normalise(inputs)
+            # Augmented as one global batch, then shared: any number of processes sees the same.
+            inputs, targets = self.parallel.share(inputs), self.parallel.share(targets)
+            labels, inputs = self.parallel.share(labels), self.images.normalise(inputs)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
                 outcome = self.objective(self.answering, inputs, targets)
             self.optimiser.zero_grad()
@@ -165,7 +170,7 @@ class _Run:
             self.sums += torch.cat([outcome["loss"].detach()[None], right])
             bar.update()
         self.order = self.order[:0]
-        loss, *accuracies = (self.sums / self.steps).tolist()
+        loss, *accuracies = (self.parallel.mean(self.sums) / self.steps).tolist()
         row = {"train/loss": loss}
         names = [f"exit_{e}/" for e in self.exits] if self.exits else [""]
         row |= {f"train/{n}accuracy": a for n, a in zip(names, accuracies, strict=True)}
@@ -210,6 +215,13 @@ class _Run:
         self.order = tensors["order"]
         self.sums = tensors["sums"].to(self.images.train.device)
         return progress
+
+    def _told_to_stop(self, stopped: list[int]) -> bool:
+        """Whether any process was: all must stop at the same step."""
+        if world_size() == 1:
+            return bool(stopped)
+        flag = torch.tensor([float(bool(stopped))], device=self.images.train.device)
+        return bool(self.parallel.mean(flag) > 0)
 
     def _set_rate(self, step: int) -> None:
         recipe = self.plan.recipe

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from edgeke.data.augment import Normalise
 from edgeke.data.dataset import Dataset, Split
 
-__all__ = ["Images", "default_device", "evaluate", "predict"]
+__all__ = ["Images", "evaluate", "predict"]
 
 _PREDICT_BATCH = 500
 
@@ -42,11 +42,6 @@ class Images:
             len(dataset.classes),
             normalise,
         )
-
-
-def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()

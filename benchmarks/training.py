@@ -1,0 +1,197 @@
+"""One distillation step, ours against the published loop's.  python -m benchmarks.training
+
+Both train the same ResNet18 under the same ResNet34 on the same 32x32 images with the same batch.
+The published loop is written afresh from its description: PIL transforms in a DataLoader, a teacher
+forward that records a graph, two student forwards, and SciPy's distance sample by sample (which is
+why it has no gradient). Steps are interleaved in one process. Prints images/s and, last, one JSON
+line.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.stats import entropy
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision import transforms
+
+from edgeke.data.augment import Augment, Normalise
+from edgeke.learning.objectives import make_objective
+from edgeke.learning.orders import ORDERS
+from edgeke.learning.phases import phase_network
+from edgeke.networks.architecture import Architecture
+from edgeke.networks.branchynet import BranchyNet
+from edgeke.params import KD, Augmentation
+
+CLASSES = 100
+KL = KD("kl", 0.1, 4.0, "teacher", False)
+Step = Callable[[], None]
+
+
+def networks(width: int, device: torch.device) -> tuple[BranchyNet, BranchyNet]:
+    """A fresh student and teacher."""
+    torch.manual_seed(0)
+    student = BranchyNet(Architecture.single("resnet18", width, 3, CLASSES))
+    teacher = BranchyNet(Architecture.single("resnet34", width, 3, CLASSES))
+    return student.to(device).train(), teacher.to(device)
+
+
+class _Pictures(TorchDataset[tuple[Tensor, int]]):
+    """Images as PIL, transformed one by one when asked for."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = images, labels
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * 3, (0.5,) * 3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def published(
+    images: np.ndarray, labels: np.ndarray, width: int, batch: int, device: torch.device
+) -> Step:
+    """The loop as it was published: no gradient through the distance, twice the forwards."""
+    student, teacher = networks(width, device)
+    optimiser = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    loader = DataLoader(
+        _Pictures(images, labels), batch, shuffle=True, num_workers=0, drop_last=True
+    )
+
+    def forever() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from loader
+
+    batches = forever()
+
+    def step() -> None:
+        inputs, targets = (tensor.to(device) for tensor in next(batches))
+        answer, guide = student(inputs)[0], teacher(inputs)[0]
+        soft = (student(inputs)[0] / KL.temperature).softmax(-1).detach().cpu().numpy()
+        wanted = (guide / KL.temperature).softmax(-1).detach().cpu().numpy()
+        each = [entropy(t, s) for s, t in zip(soft, wanted, strict=True)]
+        distance = float(np.mean(each)) * KL.temperature**2
+        loss = (1 - KL.beta) * F.cross_entropy(answer, targets) + KL.beta * distance
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def ours(
+    images: np.ndarray, labels: np.ndarray, width: int, batch: int, device: torch.device
+) -> Step:
+    """The fit loop's step: batched augmentation, a frozen teacher, one graph, channels last."""
+    student, teacher = networks(width, device)
+    student.to(memory_format=torch.channels_last)
+    teacher.to(memory_format=torch.channels_last)
+    objective = make_objective(KL, teacher, CLASSES)
+    optimiser = torch.optim.SGD(
+        student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    resident = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
+    targets = torch.from_numpy(labels).to(device)
+    normalise = Normalise((0.5,) * 3, (0.5,) * 3, device)
+    augment = Augment(Augmentation(4, True, 0, 0.0, 0.0, False), CLASSES, normalise.mean)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        chosen = torch.randint(len(resident), (batch,), generator=generator).to(device)
+        inputs, wanted = augment(resident[chosen], targets[chosen], generator)
+        outcome = objective(student, normalise(inputs), wanted)
+        optimiser.zero_grad()
+        outcome["loss"].backward()
+        optimiser.step()
+
+    return step
+
+
+def order_steps(width: int, batch: int, device: torch.device) -> dict[str, Step]:
+    """One joint or phase step of every order on the paper's layout, forward and backward."""
+    images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (batch,), device=device)
+    _, teacher = networks(width, device)
+    steps: dict[str, Step] = {}
+    for name, order in ORDERS.items():
+        built = Architecture.with_layout("edgeke", "resnet18", width, 3, CLASSES)
+        for phase in order(built.depths).phases:
+            network = BranchyNet(built).to(device).train().to(memory_format=torch.channels_last)
+            objective = make_objective(KL, teacher, CLASSES)
+            view = phase_network(network, phase).train()
+
+            def step(view: torch.nn.Module = view, objective: object = objective) -> None:
+                objective(view, images, labels)["loss"].backward()  # type: ignore[operator]
+
+            steps[f"{name}: exits {', '.join(map(str, phase.exits))}"] = step
+    return steps
+
+
+def interleave(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds per step and contender, after two warm-up rounds."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number >= 2:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def main() -> None:
+    """Print both tables, then one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (2048, 32, 32, 3), dtype=np.uint8)
+    labels = random.integers(0, CLASSES, 2048)
+    shared = (images, labels, options.width, options.batch, device)
+    times = interleave(
+        {"ours": ours(*shared), "published loop": published(*shared)}, options.rounds, device
+    )
+    print("| KD step | images/s, best | images/s, median |\n| --- | --- | --- |")
+    for name, values in times.items():
+        rate = options.batch / np.array(values)
+        print(f"| {name} | {rate.max():.0f} | {np.median(rate):.0f} |")
+    by_order = interleave(order_steps(options.width, options.batch, device), options.rounds, device)
+    print("\n| order and phase | ms per step, best | median |\n| --- | --- | --- |")
+    for name, values in by_order.items():
+        print(f"| {name} | {1e3 * min(values):.0f} | {1e3 * float(np.median(values)):.0f} |")
+    ratios = np.array(times["published loop"]) / np.array(times["ours"])
+    result = {
+        "kd_step_speedup": round(float(np.median(ratios)), 3),
+        "kd_step_speedup_of_minima": round(min(times["published loop"]) / min(times["ours"]), 3),
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "device": device.type,
+        "width": options.width,
+        "batch": options.batch,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
