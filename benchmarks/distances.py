@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from tqdm import tqdm
 
 from edgeke import params
@@ -28,6 +29,7 @@ from edgeke.download import download
 from edgeke.learning.build import student_architecture
 from edgeke.learning.images import Images, predict
 from edgeke.learning.orders import ORDERS
+from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import KD, Network, Plan
 from edgeke.train_branchynet import train_branchynet
@@ -80,8 +82,11 @@ def few(dataset: Dataset, count: int, seed: int) -> Dataset:
     return replace(dataset, splits={**dataset.splits, "train": part})
 
 
-def run(job: Job) -> tuple[Job, list[float], BranchyNet]:
-    """Train; returns the validation accuracy of every exit, and the network."""
+def run(job: Job) -> tuple[Job, list[float], Architecture, bytes]:
+    """Train; returns the validation accuracy of every exit, and the network as bytes.
+
+    Tensors sent between processes would each hold a file open.
+    """
     dataset = few(_bench.dataset, _bench.images, job.seed)
     plan = replace(_bench.plan, seed=job.seed)
     student = student_architecture(STUDENT, "edgeke", dataset)
@@ -107,7 +112,12 @@ def run(job: Job) -> tuple[Job, list[float], BranchyNet]:
             replace(plan, recipe=replace(plan.recipe, learning_rate=0.05)),
             on_epoch=lambda *_: None,
         ).network
-    return job, accuracies(network, dataset, "validation"), network
+    return (
+        job,
+        accuracies(network, dataset, "validation"),
+        network.architecture,
+        save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}),
+    )
 
 
 def accuracies(network: BranchyNet, dataset: Dataset, split: str) -> list[float]:
@@ -160,7 +170,9 @@ def table(bench: Bench, jobs: list[Job], pool: Any, title: str) -> dict[str, flo
     """Train all jobs; per name choose the setting on validation and read it once on test."""
     results = list(tqdm(pool.imap_unordered(run, jobs), total=len(jobs), desc=title))
     by_setting: dict[tuple[str, KD], list[tuple[list[float], BranchyNet]]] = {}
-    for job, validation, network in results:
+    for job, validation, architecture, weights in results:
+        network = BranchyNet(architecture).eval()
+        network.load_state_dict(load(weights))
         by_setting.setdefault((job.name, job.kd), []).append((validation, network))
     print(f"\n{title}\n| | beta | T | validation | test, per exit: mean (std over seeds) |")
     print("| --- | --- | --- | --- | --- |")
