@@ -1,0 +1,24 @@
+import json
+import subprocess
+import sys
+
+from toys import ROOT
+
+
+def last_line(*command: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_training_benchmark_ends_with_the_speedup():
+    result = last_line("benchmarks.training", "--width", "4", "--batch", "16", "--rounds", "2")
+    assert result["kd_step_speedup"] > 0
+    assert result["device"] in ("cpu", "cuda")
+
+
+def test_js_pulls_a_quarter_as_hard_as_kl():
+    result = last_line("benchmarks.gradient_scales")
+    assert 0.2 < result["near_4"]["js"] < 0.3
+    assert result["near_4"]["kl"] == 1
