@@ -77,6 +77,13 @@ def test_grey_and_resized(folder: Path):
     assert read_source(source, folder).images.shape == (7, 1, 8, 8)
 
 
+def test_sixteen_bits_are_scaled_to_eight(folder: Path):
+    gradient = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(gradient).save(folder / "nut" / "xray.png")
+    found = read_source(replace(FOLDER, channels=1), folder)
+    assert found.images[-1, 0].ravel().tolist() == (gradient >> 8).ravel().tolist()
+
+
 def test_a_misfit_is_named_with_its_size_and_the_way_out(folder: Path):
     paint(folder / "nut" / "large.png", 50, (20, 12))
     with pytest.raises(InputError, match=r"large\.png is 20x12, not 8x8.*fit: resize"):

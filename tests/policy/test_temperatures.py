@@ -75,3 +75,11 @@ def test_intervals_are_clopper_pearsons():
     low, high = share_interval(0, 50)
     assert low == 0
     assert high == pytest.approx(1 - 0.025 ** (1 / 50))
+
+
+def test_no_error_on_few_samples_does_not_sharpen_without_end():
+    labels = np.arange(40) % 4
+    logits = 3 * np.eye(4, dtype=np.float32)[labels]
+    assert 0.3 < fit_temperature(logits, labels) < 3
+    scores = calibrated_probabilities(logits[None], [fit_temperature(logits, labels)])[0].max(-1)
+    assert scores.max() < 0.9999

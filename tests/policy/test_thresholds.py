@@ -52,3 +52,10 @@ def test_equal_scores_stay_together():
 def test_nobody_left_to_rank():
     thresholds = thresholds_for_proportions(scores(), (1.0, 0.5, 0.5))
     assert thresholds == (ALWAYS, NEVER, NEVER)
+
+
+def test_neighbouring_floats_are_told_apart():
+    below = np.nextafter(np.float32(1), np.float32(0))
+    at_exit = np.array([1.0] * 50 + [below] * 50, np.float32)
+    threshold = threshold_for_share(at_exit, 0.5)
+    assert int((at_exit > np.float32(threshold)).sum()) == 50
