@@ -1,8 +1,10 @@
 """Stage `calibrate`: from logits to operating points, and the one file that obeys them."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +12,37 @@ import onnx
 from numpy.typing import NDArray
 
 from edgeke.data.dataset import Split
-from edgeke.device.policy import OperatingPoint, Policy, force_exit
+from edgeke.device.policy import Answer, Policy, force_exit
 from edgeke.device.session import open_session
 from edgeke.graph.compose import compose_cascade
 from edgeke.graph.parity import check_close, check_exits
 from edgeke.graph.runner import channels_last
 from edgeke.params import Calibrate
-from edgeke.policy.cascade import run_cascade
-from edgeke.policy.frontier import Samples, fit_frontier, judge
-from edgeke.policy.intervals import share_interval
-from edgeke.policy.scores import SCORES, calibrated_probabilities
+from edgeke.policy.candidates import Candidate, cross_fitted_accuracy, propose
+from edgeke.policy.cascade import run_cascade, vote
+from edgeke.policy.certify import Frozen
+from edgeke.policy.samples import check_costs, check_logits
+from edgeke.policy.scores import Score, calibrated_probabilities
 from edgeke.policy.temperatures import (
     calibration_error,
-    fit_temperature,
     negative_log_likelihood,
     reliability,
 )
 from edgeke.policy.thresholds import thresholds_for_proportions
-from edgeke.policy.votes import fit_votes
+from edgeke.policy.tuning import Tuning, folds, rank_scores, tune
 
-__all__ = ["Answers", "check_composed", "compose", "exit_quality", "fit_policy", "reliability_rows"]
+__all__ = [
+    "Answers",
+    "check_composed",
+    "compose",
+    "exit_quality",
+    "freeze",
+    "point_metrics",
+    "promised",
+    "reliability_rows",
+    "tuning_of",
+    "vote_quality",
+]
 
 # Probabilities of the composed file and of NumPy differ by rounding alone.
 _TOLERANCE = 1e-5
@@ -44,68 +57,95 @@ class Answers:
     labels: NDArray[np.int64]
 
 
-def fit_policy(
-    validation: Answers,
-    calibration: Answers,
-    macs: Sequence[int],
-    main_macs: int,
-    settings: Calibrate,
-) -> tuple[Policy, dict[str, float]]:
-    """Fit temperatures, votes and operating points on validation; report them on calibration.
+def freeze(
+    validation: Answers, macs: Sequence[int], main_macs: int, settings: Calibrate
+) -> tuple[Frozen, dict[str, float]]:
+    """Choose the score and fit temperatures, votes and candidate thresholds, on validation alone.
 
-    Points: the full network, the one with the asked proportions, and the frontier, ordered
-    cautious to bold. The default is the cheapest whose validation accuracy is not below the full
-    network's. Calibration is read after everything is frozen. `macs` `[E]` are given as shares of
-    the plain main network's `main_macs`.
+    `macs` `[E]` are given as shares of the plain main network's `main_macs`. Errors: InputError
+    for logits, labels or costs that no policy can be fitted on.
     """
-    temperatures = [fit_temperature(at_exit, validation.labels) for at_exit in validation.logits]
-    score = SCORES[settings.score]
-    probabilities = calibrated_probabilities(validation.logits, temperatures)
-    scores = score(probabilities)
-    votes = fit_votes(probabilities, validation.labels)
-    samples = Samples.of(probabilities, scores, validation.labels, votes)
+    logits, labels = validation.logits, validation.labels
+    check_logits(logits, labels)
+    check_costs(macs, len(logits))
     costs = [m / main_macs for m in macs]
-
-    candidates = {
-        "full": judge(force_exit(len(macs) - 1, len(macs)), samples, costs),
-        "proportions": judge(
-            thresholds_for_proportions(scores, settings.proportions), samples, costs
-        ),
+    best, ranked = rank_scores(logits, labels)
+    metrics = {f"validation/{key}": value for key, value in ranked.items()}
+    tuning = tune(logits, labels, best if settings.score == "best" else settings.score)
+    samples = tuning.samples(logits, labels)
+    sequences = propose(samples, costs, settings.cost_step)
+    asked = thresholds_for_proportions(samples.scores, settings.proportions)
+    extra = (Candidate("proportions", asked),)
+    accuracy = {
+        candidate.name: samples.result(candidate.thresholds, costs).accuracy
+        for candidate in (*itertools.chain.from_iterable(sequences.values()), *extra)
     }
-    frontier = fit_frontier(samples, costs, settings.frontier_points)
-    named = {candidate.thresholds for candidate in candidates.values()}
-    new = [candidate for candidate in frontier if candidate.thresholds not in named]
-    candidates |= {f"frontier_{i}": candidate for i, candidate in enumerate(new, 1)}
-    ordered = sorted(candidates, key=lambda name: (-candidates[name].cost, name != "full"))
-    enough = candidates["full"].accuracy
-    default = [name for name in ordered if candidates[name].accuracy >= enough][-1]
+    step, name = settings.cost_step, tuning.score.name
+    accuracy |= cross_fitted_accuracy(logits, labels, costs, name, step)
+    metrics |= vote_quality(validation)
+    frozen = Frozen(tuning, sequences, extra, accuracy, tuple(macs), main_macs)
+    return frozen, metrics
 
-    frozen = calibrated_probabilities(calibration.logits, temperatures)
-    points: list[OperatingPoint] = []
+
+def vote_quality(validation: Answers) -> dict[str, float]:
+    """Accuracy and likelihood of the vote on validation: fitted, with fixed weights, and none.
+
+    Cross-fitted. The fixed weights are the paper's 0.3, 0.3, 0.4, in that proportion for any number
+    of exits; without a vote the main exit answers.
+    """
+    logits, labels = validation.logits, validation.labels
+    exits, every = len(logits), np.arange(len(labels))
+    weights = {"fixed": [0.3] * (exits - 1) + [0.4], "none": [0.0] * (exits - 1) + [1.0]}
+    answers = {name: np.empty(logits.shape[1:], np.float32) for name in ("fitted", *weights)}
+    for tuning, held in folds(logits, labels, partial(tune, score="max_probability")):
+        probabilities = tuning.probabilities(logits[:, held])
+        for name, of in {"fitted": tuning.votes, **weights}.items():
+            answers[name][held] = vote(probabilities, of)
+    metrics = {}
+    for name, answer in answers.items():
+        metrics[f"validation/vote/{name}/accuracy"] = float((answer.argmax(-1) == labels).mean())
+        likelihood = np.log(answer[every, labels].astype(np.float64) + 1e-12)
+        metrics[f"validation/vote/{name}/negative_log_likelihood"] = float(-likelihood.mean())
+    return metrics
+
+
+def point_metrics(policy: Policy, validation: Answers) -> dict[str, float]:
+    """What the named points gave on validation and calibration, and what requirements promise."""
+    costs = policy.cost_shares
+    samples = tuning_of(policy).samples(validation.logits, validation.labels)
     metrics: dict[str, float] = {}
-    for name in ordered:
-        candidate = candidates[name]
-        outcome = run_cascade(frozen, score(frozen), candidate.thresholds, votes)
-        accuracy, count = outcome.accuracy(calibration.labels), len(calibration.labels)
-        point = OperatingPoint(
-            name=name,
-            thresholds=candidate.thresholds,
-            votes=votes,
-            shares=outcome.shares(len(macs)),
-            voted=float((outcome.exit == len(macs)).mean()),
-            accuracy=accuracy,
-            accuracy_interval=share_interval(round(accuracy * count), count),
-            accuracy_samples=count,
-        )
-        points.append(point)
+    for label, point in policy.named.items():
         metrics |= {
-            f"validation/{name}/accuracy": candidate.accuracy,
-            f"validation/{name}/cost_share": candidate.cost,
-            f"calibration/{name}/accuracy": accuracy,
-            f"calibration/{name}/cost_share": float(np.dot(point.shares, costs)),
+            f"validation/{label}/accuracy": point.validation_accuracy,
+            f"validation/{label}/cost_share": samples.result(point.thresholds, costs).cost,
+            f"calibration/{label}/accuracy": point.accuracy,
+            f"calibration/{label}/loss": point.loss,
+            f"calibration/{label}/cost_share": point.expected_cost(costs),
+            f"calibration/{label}/promised_cost_share": point.promised_cost(costs),
         }
-    policy = Policy(settings.score, tuple(temperatures), tuple(macs), tuple(points), default)
-    return policy, metrics
+    for asked in policy.requirements:
+        metrics[f"calibration/{asked.name}/met"] = float(asked.point is not None)
+        if asked.point is not None:
+            metrics[f"calibration/{asked.name}/promised"] = promised(policy, asked)
+        elif asked.nearest is not None:
+            metrics[f"calibration/{asked.name}/nearest"] = asked.nearest
+    return metrics
+
+
+def promised(policy: Policy, asked: Answer) -> float:
+    """The bound that the answer to a met requirement promises: at least as good as asked."""
+    point, cap = policy.named[asked.name], len(policy.macs) - 1
+    if asked.kind == "max_cost":
+        return point.promised_cost(policy.cost_shares)
+    if asked.kind == "min_accuracy":
+        return 1 - point.promised("max_error", asked.delta, cap)
+    return point.promised("max_loss", asked.delta, cap)
+
+
+def tuning_of(policy: Policy) -> Tuning:
+    """What a policy says about turning logits into answers."""
+    score = Score(policy.score, policy.score_weights)
+    return Tuning(policy.temperatures, policy.points[0].votes, score)
 
 
 def exit_quality(answers: Answers, temperatures: Sequence[float], split: str) -> dict[str, float]:
@@ -150,7 +190,7 @@ def compose(
     }
     model = compose_cascade(
         [onnx.load(segment) for segment in segments],
-        score=policy.score,
+        score=Score(policy.score, policy.score_weights),
         temperatures=policy.temperatures,
         image_shape=image_shape,
         classes=len(classes),
@@ -162,18 +202,21 @@ def compose(
 def check_composed(
     model: bytes, policy: Policy, answers: Answers, split: Split
 ) -> dict[str, float]:
-    """Compare the file with the vectorised cascade at every point, forced exit and the vote.
+    """Compare the file with the vectorised cascade: named points, forced exits, the vote and more.
 
-    Runs up to 500 images of the split that `answers` belongs to. Errors: InputError when exits
-    differ away from ties or probabilities differ at all.
+    Of the other points eight are taken, spread from cautious to bold. Runs up to 500 images of the
+    split that `answers` belongs to. Errors: InputError when exits differ away from ties or
+    probabilities differ at all.
     """
     session = open_session(model)
     pixels = channels_last(split.images[:_IMAGES])
     probabilities = calibrated_probabilities(answers.logits, policy.temperatures)[:, :_IMAGES]
-    scores = SCORES[policy.score](probabilities)
+    scores = Score(policy.score, policy.score_weights).of(probabilities)
     exits = len(probabilities)
     votes = policy.points[0].votes
-    settings = {point.name: point.thresholds for point in policy.points}
+    spread = np.linspace(0, len(policy.points) - 1, 8).astype(int)
+    checked = [*policy.named.values(), *(policy.points[i] for i in spread)]
+    settings = {point.name: point.thresholds for point in checked}
     settings |= {f"exit {e}": force_exit(e, exits) for e in range(exits)}
     settings["vote"] = force_exit(exits, exits)
     ties, difference = 0, 0.0

@@ -18,13 +18,14 @@ from edgeke.errors import InputError
 from edgeke.graph.parity import check_exits
 from edgeke.graph.runner import channels_last
 from edgeke.params import Evaluate
-from edgeke.policy.cascade import run_cascade
 from edgeke.policy.intervals import share_interval
-from edgeke.policy.scores import SCORES
+from edgeke.policy.samples import Samples
+from edgeke.policy.scores import Score
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "kept"]
 
 _TIE = 1e-6
+_HEADLINE = ("accuracy", "cost_share", "latency_ms_mean", "latency_ms_median", "met", "kept")
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,19 @@ class Evaluation:
 
     def headline(self, calibrated: Mapping[str, float]) -> dict[str, float]:
         """What runs are compared by: every exit, and the default point, on each split."""
-        policy = self.policy
-        names = [f"exit_{e}/accuracy" for e in range(len(policy.macs))]
+        names = [f"exit_{e}/accuracy" for e in range(len(self.policy.macs))]
         headline = {f"validation/{name}": calibrated[f"validation/{name}"] for name in names}
         headline |= {f"test/{name}": self.metrics[f"test/{name}"] for name in names}
-        default = policy.default
-        for split in ("validation", "calibration"):
-            for what in ("accuracy", "cost_share"):
-                headline[f"{split}/default/{what}"] = calibrated[f"{split}/{default}/{what}"]
-        for what in ("accuracy", "cost_share", "latency_ms_mean", "latency_ms_median"):
-            headline[f"test/default/{what}"] = self.metrics[f"test/{default}/{what}"]
+        asked = [f"{of.name}/" for of in self.policy.requirements]
+        for start in ("default/", *asked):
+            for split, metrics in (
+                ("validation", calibrated),
+                ("calibration", calibrated),
+                ("test", self.metrics),
+            ):
+                for what in _HEADLINE:
+                    if f"{split}/{start}{what}" in metrics:
+                        headline[f"{split}/{start}{what}"] = metrics[f"{split}/{start}{what}"]
         for name in ("main", "teacher"):
             headline[f"test/{name}/accuracy"] = self.metrics[f"test/{name}/accuracy"]
         return headline
@@ -72,63 +76,84 @@ def evaluate(
         probabilities = np.load(Path(folder) / "probabilities.npy")
         logits = {name: np.load(Path(folder) / f"{name}.npy") for name in static}
     policy = parse_policy(measured["policy"])
-    scores = SCORES[policy.score](probabilities)
+    score = Score(policy.score, policy.score_weights)
+    samples = Samples.of(
+        probabilities, score.of(probabilities), test.labels, policy.points[0].votes
+    )
     labels, exits = test.labels, len(probabilities)
     metrics: dict[str, float] = {}
     frontier: list[dict[str, object]] = []
     shares: list[dict[str, object]] = []
 
-    # The default's neighbours on the frontier would cover its label.
-    labels_of = {p.name: "" for p in policy.points if p.name not in ("full", "proportions")}
-
-    def add(name: str, kind: str, right: NDArray[np.bool_], macs: float, timed: str) -> None:
+    def add(name: str, label: str, kind: str, right: NDArray[np.bool_], macs: float) -> None:
+        """A contender's accuracy, cost and, where it was timed, latency."""
         low, high = share_interval(int(right.sum()), len(right))
-        latency = measured["latency_ms"][timed]
+        share, latency = macs / static_macs["main"], measured["latency_ms"].get(name)
+        row = {"name": name, "label": label, "kind": kind, "cost_percent": 100 * share}
+        row |= {"accuracy_percent": 100 * float(right.mean())}
+        row |= {"accuracy_low": 100 * low, "accuracy_high": 100 * high}
+        frontier.append({**row, "latency_ms": latency["mean"] if latency else None})
+        if not latency:
+            return
         metrics[f"test/{name}/accuracy"] = float(right.mean())
         metrics[f"test/{name}/accuracy_low"], metrics[f"test/{name}/accuracy_high"] = low, high
-        metrics[f"test/{name}/cost_share"] = macs / static_macs["main"]
+        metrics[f"test/{name}/cost_share"] = share
         metrics.update({f"test/{name}/latency_ms_{key}": ms for key, ms in latency.items()})
-        frontier.append(
-            {
-                "name": name,
-                "label": "default" if name == policy.default else labels_of.get(name, name),
-                "kind": kind,
-                "cost_percent": 100 * macs / static_macs["main"],
-                "accuracy_percent": 100 * float(right.mean()),
-                "accuracy_low": 100 * low,
-                "accuracy_high": 100 * high,
-                "latency_ms": latency["mean"],
-            }
-        )
 
-    for point in policy.points:
-        outcome = run_cascade(probabilities, scores, point.thresholds, point.votes)
-        timed = np.asarray(measured["exits"][f"point/{point.name}"])
+    for label, point in policy.named.items():
+        taken = samples.exits(point.thresholds)
+        timed = np.asarray(measured["exits"][label])
         limits = np.asarray(point.thresholds, np.float32)
-        seen = scores[:, : len(timed)]
-        check_exits(timed, outcome.exit[: len(timed)], seen, limits, _TIE)
-        paid = outcome.shares(exits)
+        seen = samples.scores[:, : len(timed)]
+        check_exits(timed, taken[: len(timed)], seen, limits, _TIE)
+        paid = np.bincount(np.minimum(taken, exits - 1), minlength=exits) / len(taken)
+        macs = float(np.dot(paid, policy.macs))
+        # A requirement that the default answers would cover its label in the picture.
+        hidden = label != "default" and point.name == policy.default
         add(
-            point.name,
+            label,
+            "" if hidden else label,
             "operating point",
-            outcome.probabilities.argmax(-1) == labels,
-            float(np.dot(paid, policy.macs)),
-            f"point/{point.name}",
+            ~samples.wrong(point.thresholds),
+            macs,
         )
-        for exit, share in enumerate(paid):
-            metrics[f"test/{point.name}/share_{exit}"] = share
-            shares.append({"point": point.name, "exit": f"exit {exit}", "share": share})
-        metrics[f"test/{point.name}/voted"] = float((outcome.exit == exits).mean())
+        for exit, share in enumerate(paid.tolist()):
+            metrics[f"test/{label}/share_{exit}"] = share
+            shares.append({"point": label, "exit": f"exit {exit}", "share": share})
+        metrics[f"test/{label}/voted"] = float((taken == exits).mean())
+        metrics[f"test/{label}/loss"] = float(samples.losses(point.thresholds).mean())
+    metrics |= kept(policy, metrics)
+    for point in policy.points:
+        if point.deepest == exits - 1 and point.name.startswith("accuracy"):
+            cost = samples.result(point.thresholds, policy.macs).cost
+            add(point.name, "", "frontier", ~samples.wrong(point.thresholds), cost)
     for exit in range(exits):
-        right = probabilities[exit].argmax(-1) == labels
-        add(f"exit_{exit}", "exit", right, policy.macs[exit], f"exit_{exit}")
+        right = samples.correct[exit]
+        add(f"exit_{exit}", f"exit_{exit}", "exit", right, policy.macs[exit])
     for name, answers in logits.items():
-        add(name, "static network", answers.argmax(-1) == labels, static_macs[name], name)
+        right = answers.argmax(-1) == labels
+        add(name, name, "static network", right, static_macs[name])
     for name, size in measured["file_mib"].items():
         metrics[f"test/{name}/file_mib"] = size
         metrics[f"test/{name}/peak_memory_mib"] = measured["peak_memory_mib"][name]
     metrics["test/edgeke/load_ms"] = measured["load_ms"]
     return Evaluation(policy, metrics, frontier, shares)
+
+
+def kept(policy: Policy, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Which requirements the test split saw kept: `test/<requirement>/kept`, 1 or 0.
+
+    One split is one draw: a promise with delta 0.1 may be seen broken in one of ten.
+    """
+    found = {}
+    for asked in policy.requirements:
+        if asked.point is None:
+            continue
+        what = {"max_cost": "cost_share", "min_accuracy": "accuracy", "max_loss": "loss"}
+        value = metrics[f"test/{asked.name}/{what[asked.kind]}"]
+        held = value >= asked.bound if asked.kind == "min_accuracy" else value <= asked.bound
+        found[f"test/{asked.name}/kept"] = float(held)
+    return found
 
 
 def _measure(

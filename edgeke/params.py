@@ -11,6 +11,7 @@ from typing import Any, Literal
 from edgeke.errors import InputError
 from edgeke.learning.orders import ORDERS
 from edgeke.networks.architecture import Architecture, ExitSpec
+from edgeke.requirement import Requirement
 from edgeke.schema import build, check_keys, require
 
 __all__ = [
@@ -103,16 +104,21 @@ class Export:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """The score and how the operating points are chosen."""
+    """The score, what is required, and how the operating points are chosen."""
 
-    score: Literal["max_probability"]
+    score: Literal["best", "max_probability", "margin", "entropy", "learned"]
     proportions: tuple[float, ...]
-    frontier_points: int
+    cost_step: float
+    delta: float
+    requirements: tuple[Requirement, ...]
 
     def __post_init__(self) -> None:
         in_range = all(0 <= share <= 1 for share in self.proportions)
         require(in_range, "proportions", "every share must lie between 0 and 1")
-        require(self.frontier_points >= 2, "frontier_points", "use at least 2")
+        require(0.01 <= self.cost_step <= 1, "cost_step", "use a share such as 0.05")
+        require(0 < self.delta < 1, "delta", "use a risk between 0 and 1, such as 0.1")
+        names = [asked.name for asked in self.requirements]
+        require(len(set(names)) == len(names), "requirements", "list each requirement once")
 
 
 @dataclass(frozen=True)
@@ -385,10 +391,7 @@ def flatten(params: Params) -> dict[str, str | int | float | bool]:
         elif value is None:
             flat[key] = "null"
         elif isinstance(value, tuple):
-            flat[key] = ", ".join(
-                f"{item.attach}:{item.kind}" if isinstance(item, ExitSpec) else str(item)
-                for item in value
-            )
+            flat[key] = ", ".join(map(str, value))
         else:
             flat[key] = value
 

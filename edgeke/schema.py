@@ -31,15 +31,19 @@ def build(kind: Any, value: Any, key: str, where: str) -> Any:
     """Turn plain YAML into dataclass `kind`, or refuse it by its full key.
 
     Understands numbers (integers serve as floats), text, booleans, null, `Literal`, lists as
-    tuples, nested dataclasses, and unions of these.
+    tuples, nested dataclasses, and unions of these. A missing key is null where the dataclass says
+    `optional_keys`.
     """
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: {key} = {value!r} must be a section with keys of its own")
     hints = typing.get_type_hints(kind)
     check_keys(value, hints, key, where)
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for name, hint in hints.items():
         full = _join(key, name)
+        if name not in value and getattr(kind, "optional_keys", False):
+            arguments[name] = None
+            continue
         if name not in value:
             raise InputError(f"{where}: key `{full}` is missing; add it")
         if hasattr(hint, "__dataclass_fields__") and not isinstance(value[name], hint):
@@ -97,7 +101,7 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
         # PyYAML reads 1e-4 as text; DVC, which follows YAML 1.2, reads a number.
         with contextlib.suppress(ValueError):
             value = float(value)
-    if accepted == (float,) and type(value) is int:
+    if float in accepted and int not in accepted and type(value) is int:
         return float(value)
     right_type = isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
     if right_type and not (isinstance(value, float) and not math.isfinite(value)):

@@ -10,7 +10,8 @@ from edgeke.calibrate import (
     check_composed,
     compose,
     exit_quality,
-    fit_policy,
+    freeze,
+    point_metrics,
     reliability_rows,
 )
 from edgeke.data.dataset import load_dataset
@@ -18,6 +19,7 @@ from edgeke.files import write_bytes, write_json, write_table
 from edgeke.graph.manifest import Manifest
 from edgeke.graph.runner import channels_last, segment_logits
 from edgeke.params import Params
+from edgeke.policy.certify import certify
 from edgeke.tracking import Run
 from stages._entry import entry
 
@@ -32,9 +34,19 @@ def run(params: Params, log: Run) -> dict[str, float]:
         for name, split in dataset.splits.items()
     }
     validation, calibration = answers["validation"], answers["calibration"]
-    policy, metrics = fit_policy(
-        validation, calibration, manifest.macs, manifest.main_macs, params.calibrate
+    settings = params.calibrate
+    frozen, metrics = freeze(validation, manifest.macs, manifest.main_macs, settings)
+    policy = certify(
+        frozen, calibration.logits, calibration.labels, settings.delta, settings.requirements
     )
+    for asked in policy.requirements:
+        if asked.point is None:
+            nearest = "nothing near it" if asked.nearest is None else f"{asked.nearest:.4g}"
+            print(
+                f"warning: requirement {asked.name} cannot be promised; attainable: {nearest}",
+                file=sys.stderr,
+            )
+    metrics |= point_metrics(policy, validation)
     metrics |= exit_quality(validation, policy.temperatures, "validation")
     metrics |= exit_quality(calibration, policy.temperatures, "calibration")
     model = compose(segments, policy, manifest.classes, manifest.image_shape)

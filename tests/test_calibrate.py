@@ -1,4 +1,3 @@
-import itertools
 import json
 from pathlib import Path
 
@@ -8,15 +7,29 @@ import pytest
 from toys import CLASSES, SIZE, replace
 
 from edgeke import calibrate
-from edgeke.calibrate import Answers, check_composed, compose, exit_quality, fit_policy
+from edgeke.calibrate import (
+    Answers,
+    check_composed,
+    compose,
+    exit_quality,
+    freeze,
+    point_metrics,
+    vote_quality,
+)
 from edgeke.device.policy import parse_policy
 from edgeke.device.session import open_session
 from edgeke.errors import InputError
 from edgeke.graph.runner import channels_last, segment_logits
 from edgeke.graph.segments import export_segments
 from edgeke.params import Calibrate
+from edgeke.policy.certify import certify
+from edgeke.requirement import Requirement
 
-SETTINGS = Calibrate("max_probability", (0.5, 0.5, 0.9), 6)
+ASKED = tuple(
+    Requirement(**{**dict.fromkeys(("max_cost", "min_accuracy", "max_loss", "delta")), **asked})
+    for asked in ({"max_loss": 0.05}, {"min_accuracy": 0.99}, {"max_cost": 1.0})
+)
+SETTINGS = Calibrate("max_probability", (0.5, 0.5, 0.9), 0.05, 0.1, ASKED)
 MACS, MAIN = (60, 80, 110), 90
 
 
@@ -33,63 +46,102 @@ def drawn(seed: int, samples: int) -> Answers:
     return Answers(np.array(exits, np.float32), labels)
 
 
-def test_points_are_ordered_and_reported_on_calibration():
-    policy, metrics = fit_policy(drawn(0, 500), drawn(1, 800), MACS, MAIN, SETTINGS)
-    names = [point.name for point in policy.points]
-    assert names[0] == "full"
-    assert "proportions" in names
-    assert sum(name.startswith("frontier_") for name in names) >= 3
-    costs = [metrics[f"validation/{name}/cost_share"] for name in names]
-    assert all(b <= a for a, b in itertools.pairwise(costs))
-    for point in policy.points:
-        low, high = point.accuracy_interval
-        assert low <= point.accuracy <= high
-        assert point.accuracy == metrics[f"calibration/{point.name}/accuracy"]
-        assert sum(point.shares) == pytest.approx(1)
-        assert point.accuracy_samples == 800
-    assert policy.points[0].shares == (0, 0, 1)
+def fit(validation: Answers, calibration: Answers, settings: Calibrate = SETTINGS):
+    frozen, _ = freeze(validation, MACS, MAIN, settings)
+    return certify(frozen, calibration.logits, calibration.labels, 0.1, settings.requirements)
+
+
+def test_named_points_and_requirements_are_reported():
+    validation = drawn(0, 500)
+    policy = fit(validation, drawn(1, 800))
+    metrics = point_metrics(policy, validation)
+    assert list(policy.named) == ["full", "proportions", "default", "max_loss_0.05", "max_cost_1"]
+    for label, point in policy.named.items():
+        assert metrics[f"calibration/{label}/accuracy"] == point.accuracy
+        expected = metrics[f"calibration/{label}/cost_share"]
+        assert metrics[f"calibration/{label}/promised_cost_share"] >= expected - 1e-12
     assert metrics["validation/full/cost_share"] == pytest.approx(110 / 90)
+    assert metrics["calibration/max_loss_0.05/met"] == 1
+    assert metrics["calibration/max_loss_0.05/loss"] < metrics["calibration/max_loss_0.05/promised"]
+    assert metrics["calibration/max_loss_0.05/promised"] <= 0.05
+    assert metrics["calibration/max_cost_1/promised"] <= 1
+    assert metrics["calibration/min_accuracy_0.99/met"] == 0
+    assert 0.5 < metrics["calibration/min_accuracy_0.99/nearest"] < 0.99
+    assert "calibration/min_accuracy_0.99/promised" not in metrics
 
 
-def test_the_default_is_the_cheapest_no_worse_than_the_full_network():
-    policy, metrics = fit_policy(drawn(0, 500), drawn(1, 800), MACS, MAIN, SETTINGS)
-    full = metrics["validation/full/accuracy"]
-    enough = [p for p in policy.points if metrics[f"validation/{p.name}/accuracy"] >= full]
-    cheapest = min(enough, key=lambda p: metrics[f"validation/{p.name}/cost_share"])
-    assert policy.default == cheapest.name
-    assert metrics[f"validation/{policy.default}/cost_share"] < 110 / 90
+def test_the_default_answers_the_first_requirement_that_can_be_met():
+    policy = fit(drawn(0, 500), drawn(1, 800))
+    assert policy.default == policy.named["max_loss_0.05"].name
+    costs = policy.cost_shares
+    assert policy.point(policy.default).expected_cost(costs) < costs[-1]
 
 
 def test_the_asked_proportions_leave():
-    policy, _ = fit_policy(drawn(0, 500), drawn(0, 500), MACS, MAIN, SETTINGS)
+    policy = fit(drawn(0, 500), drawn(0, 500))
     point = policy.point("proportions")
     assert point.shares == pytest.approx((0.5, 0.25, 0.25), abs=0.01)
     assert point.voted == pytest.approx(0.025, abs=0.005)
 
 
 def test_calibration_fits_nothing():
-    """Other calibration images change what is reported, and nothing that is chosen."""
-    validation = drawn(0, 500)
-    one, _ = fit_policy(validation, drawn(1, 800), MACS, MAIN, SETTINGS)
-    two, _ = fit_policy(validation, drawn(2, 300), MACS, MAIN, SETTINGS)
-    assert one.temperatures == two.temperatures
-    assert one.default == two.default
-    for a, b in zip(one.points, two.points, strict=True):
-        assert (a.name, a.thresholds, a.votes) == (b.name, b.thresholds, b.votes)
-        assert a.accuracy_samples != b.accuracy_samples
+    """Other calibration images change what is promised, and nothing that is fitted."""
+    one, two = (fit(drawn(0, 500), drawn(seed, 300 * seed)) for seed in (1, 2))
+    assert (one.score, one.temperatures) == (two.score, two.temperatures)
+    fitted = [{p.name: (p.thresholds, p.votes, p.validation_accuracy) for p in of.points}
+              for of in (one, two)]  # fmt: skip
+    assert fitted[0] == fitted[1]
+    assert one.samples != two.samples
+
+
+def test_the_score_is_the_asked_one_or_the_best():
+    validation = drawn(0, 300)
+    for name in ("margin", "learned"):
+        frozen, _ = freeze(validation, MACS, MAIN, replace(SETTINGS, score=name))
+        assert frozen.tuning.score.name == name
+    frozen, metrics = freeze(validation, MACS, MAIN, replace(SETTINGS, score="best"))
+    mean = {
+        name: sum(metrics[f"validation/score/{name}/exit_{e}/aurc"] for e in (0, 1))
+        for name in ("max_probability", "margin", "entropy", "learned")
+    }
+    assert frozen.tuning.score.name == min(mean, key=lambda name: mean[name])
+
+
+def test_votes_are_compared():
+    quality = vote_quality(drawn(0, 2000))
+    losses = {
+        name: quality[f"validation/vote/{name}/negative_log_likelihood"]
+        for name in ("fitted", "fixed", "none")
+    }
+    assert losses["fitted"] < losses["fixed"]
+    assert losses["fitted"] < losses["none"] + 0.005
+    assert all(0 < quality[f"validation/vote/{name}/accuracy"] < 1 for name in losses)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"logits": np.full((3, 9, 4), np.nan, np.float32)}, "not finite"),
+        ({"logits": np.zeros((1, 9, 4), np.float32)}, "at least two"),
+        ({"labels": np.full(9, 4)}, "label 4 is not one of the 4 classes"),
+    ],
+)
+def test_bad_logits_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
+        freeze(replace(drawn(0, 9), **change), MACS, MAIN, SETTINGS)
 
 
 def test_temperatures_mend_overconfidence():
     answers = drawn(0, 2000)
-    policy, _ = fit_policy(answers, drawn(1, 2000), MACS, MAIN, SETTINGS)
+    policy = fit(answers, drawn(1, 2000))
     quality = exit_quality(drawn(1, 2000), policy.temperatures, "calibration")
     for e in range(3):
         before = quality[f"calibration/exit_{e}/ece_uncalibrated"]
         assert quality[f"calibration/exit_{e}/ece"] < before / 2
 
 
-@pytest.fixture
-def built(network, dataset, tmp_path: Path):
+@pytest.fixture(params=["max_probability", "margin", "entropy", "learned"])
+def built(network, dataset, tmp_path: Path, request):
     """Real segments, their answers, a fitted policy and the composed file."""
     files = []
     for number, model in enumerate(export_segments(network, dataset.mean, dataset.std, SIZE)):
@@ -99,7 +151,7 @@ def built(network, dataset, tmp_path: Path):
         Answers(segment_logits(files, channels_last(dataset[name].images), 1), dataset[name].labels)
         for name in ("validation", "calibration")
     ]
-    policy, _ = fit_policy(answers[0], answers[1], MACS, MAIN, SETTINGS)
+    policy = fit(answers[0], answers[1], replace(SETTINGS, score=request.param))
     model = compose(files, policy, CLASSES, (SIZE, SIZE, 1))
     return model, policy, answers[0], files
 

@@ -5,16 +5,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from toys import CLASSES, SIZE
+from toys import CLASSES, SIZE, replace
 
-from edgeke.calibrate import Answers, compose, fit_policy
+from edgeke.calibrate import Answers, compose, freeze
+from edgeke.device.policy import Answer
 from edgeke.errors import InputError
-from edgeke.evaluate import evaluate
+from edgeke.evaluate import evaluate, kept
 from edgeke.graph.runner import channels_last, segment_logits
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.params import Calibrate, Evaluate
 from edgeke.policy.cascade import run_cascade
-from edgeke.policy.scores import calibrated_probabilities, max_probability
+from edgeke.policy.certify import certify
+from edgeke.policy.scores import Score, calibrated_probabilities
+from edgeke.requirement import Requirement
 
 MACS, MAIN = (60, 80, 110), 90
 SETTINGS = Evaluate(threads=1, latency_images=12)
@@ -34,13 +37,10 @@ def built(network, dataset, tmp_path: Path):
         name: Answers(segment_logits(files, channels_last(split.images), 1), split.labels)
         for name, split in dataset.splits.items()
     }
-    policy, _ = fit_policy(
-        answers["validation"],
-        answers["calibration"],
-        MACS,
-        MAIN,
-        Calibrate("max_probability", (0.5, 0.5, 0.9), 4),
-    )
+    calibration, asked = answers["calibration"], Requirement(None, None, 0.6, None)
+    settings = Calibrate("learned", (0.5, 0.5, 0.9), 0.05, 0.1, (asked,))
+    frozen, _ = freeze(answers["validation"], MACS, MAIN, settings)
+    policy = certify(frozen, calibration.logits, calibration.labels, 0.1, settings.requirements)
     model = tmp_path / "edgeke.onnx"
     model.write_bytes(compose(files, policy, CLASSES, (SIZE, SIZE, 1)))
     return model, static, policy, answers["test"]
@@ -52,17 +52,18 @@ def test_accuracy_comes_from_the_file_and_everything_is_measured(built, dataset)
     assert evaluation.policy == policy
     metrics = evaluation.metrics
     probabilities = calibrated_probabilities(answers.logits, policy.temperatures)
-    for point in policy.points:
-        expected = run_cascade(
-            probabilities, max_probability(probabilities), point.thresholds, point.votes
-        )
-        assert metrics[f"test/{point.name}/accuracy"] == pytest.approx(
+    scores = Score(policy.score, policy.score_weights).of(probabilities)
+    assert {"full", "proportions", "default", "max_loss_0.6"} == set(policy.named)
+    for label, point in policy.named.items():
+        expected = run_cascade(probabilities, scores, point.thresholds, point.votes)
+        assert metrics[f"test/{label}/accuracy"] == pytest.approx(
             expected.accuracy(dataset["test"].labels)
         )
-        paid = [metrics[f"test/{point.name}/share_{e}"] for e in range(3)]
+        paid = [metrics[f"test/{label}/share_{e}"] for e in range(3)]
         assert paid == pytest.approx(expected.shares(3))
         cost = np.dot(paid, MACS) / MAIN
-        assert metrics[f"test/{point.name}/cost_share"] == pytest.approx(cost)
+        assert metrics[f"test/{label}/cost_share"] == pytest.approx(cost)
+    assert metrics["test/max_loss_0.6/kept"] == float(metrics["test/max_loss_0.6/loss"] <= 0.6)
     for name in ("exit_0", "exit_1", "exit_2", "main", "teacher", "full"):
         fastest, median, slow = (
             metrics[f"test/{name}/latency_ms_{key}"] for key in ("min", "median", "p95")
@@ -74,17 +75,32 @@ def test_accuracy_comes_from_the_file_and_everything_is_measured(built, dataset)
     assert metrics["test/main/accuracy"] == metrics["test/exit_2/accuracy"]
     assert {row["kind"] for row in evaluation.frontier} == {
         "operating point",
+        "frontier",
         "exit",
         "static network",
     }
     calibrated = {
         f"{split}/{name}/{what}": 0.5
         for split in ("validation", "calibration")
-        for name in ("exit_0", "exit_1", "exit_2", policy.default)
+        for name in ("exit_0", "exit_1", "exit_2", "default")
         for what in ("accuracy", "cost_share")
     }
     headline = evaluation.headline(calibrated)
-    assert headline["test/default/accuracy"] == metrics[f"test/{policy.default}/accuracy"]
+    assert headline["test/default/accuracy"] == metrics["test/default/accuracy"]
+
+
+def test_kept_compares_each_requirement_with_its_own_number(built):
+    _, _, policy, _ = built
+    asked = [
+        Answer("max_cost_0.9", "max_cost", 0.9, 0.1, "full", None),
+        Answer("min_accuracy_0.9", "min_accuracy", 0.9, 0.1, "full", None),
+        Answer("max_loss_0.1", "max_loss", 0.1, 0.1, None, 0.2),
+    ]
+    metrics = {"test/max_cost_0.9/cost_share": 0.95, "test/min_accuracy_0.9/accuracy": 0.95}
+    assert kept(replace(policy, requirements=tuple(asked)), metrics) == {
+        "test/max_cost_0.9/kept": 0,
+        "test/min_accuracy_0.9/kept": 1,
+    }
 
 
 def test_a_broken_file_is_reported_in_the_devices_words(built, dataset):

@@ -77,6 +77,35 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
         ("distill.branches", 2, ["distill.branches = 2", "list"]),
         ("calibrate.proportions", [0.5, 0.5], ["calibrate.proportions", "3 exits"]),
         ("calibrate.proportions", [0.5, 0.5, 2], ["calibrate.proportions", "between 0 and 1"]),
+        ("calibrate.score", "luck", ["calibrate.score", "best, max_probability, margin"]),
+        ("calibrate.delta", 1, ["calibrate.delta", "1.0", "between 0 and 1"]),
+        ("calibrate.cost_step", 0, ["calibrate.cost_step", "0.05"]),
+        ("calibrate.requirements", [{}], ["requirements[0].max_cost", "exactly one"]),
+        (
+            "calibrate.requirements",
+            [{"max_loss": 0.1, "max_cost": 0.5}],
+            ["requirements[0]", "exactly one of max_cost, min_accuracy and max_loss"],
+        ),
+        (
+            "calibrate.requirements",
+            [{"max_loss": 2}],
+            ["requirements[0].max_loss = 2.0", "between"],
+        ),
+        ("calibrate.requirements", [{"min_accuracy": 97}], ["requirements[0].min_accuracy"]),
+        ("calibrate.requirements", [{"max_cost": 0}], ["requirements[0].max_cost", "above 0"]),
+        (
+            "calibrate.requirements",
+            [{"max_loss": 0.1, "delta": 0}],
+            ["requirements[0].delta", "between 0 and 1"],
+        ),
+        (
+            "calibrate.requirements",
+            [{"max_cost": 0.9, "delta": 0.2}],
+            ["requirements[0].delta", "set that"],
+        ),
+        ("calibrate.requirements", [{"max_los": 0.1}], ["max_los", "did you mean `max_loss`"]),
+        ("calibrate.requirements", [{"max_loss": 0.1}] * 2, ["list each requirement once"]),
+        ("branchynet.layout", [], ["branchynet.layout"]),
         ("profiles.tiny.teacher.width", 0, ["profiles.tiny.teacher.width", "0"]),
         ("profiles.tiny.data.test", 1.2, ["profiles.tiny.data.test", "1.2", "share"]),
         ("profiles.tiny.recipes.distill.epochs", 0, ["profiles.tiny.recipes.distill.epochs"]),
@@ -99,6 +128,15 @@ def test_a_layout_may_be_a_list(content):
         ("layer2.1", "attention"),
     ]
     assert params.flatten(parsed)["branchynet.layout"] == "layer1.1:linear, layer2.1:attention"
+
+
+def test_requirements_have_names_for_metrics(content):
+    asked = [{"max_loss": 0.03, "delta": 0.1}, {"min_accuracy": 0.97}, {"max_cost": 1}]
+    parsed = params.parse(put(content, "calibrate.requirements", asked))
+    names = [of.name for of in parsed.calibrate.requirements]
+    assert names == ["max_loss_0.03_delta_0.1", "min_accuracy_0.97", "max_cost_1"]
+    assert params.flatten(parsed)["calibrate.requirements"] == ", ".join(names)
+    assert [of.bound for of in parsed.calibrate.requirements] == [0.03, 0.97, 1.0]
 
 
 @pytest.mark.parametrize("order", ["independent", "asynchronous_back"])

@@ -192,7 +192,7 @@ def test_the_lock_check_sees_other_parameters_and_other_code(clone: Path):
     assert "calibrate: changed deps: edgeke/calibrate.py" in output
     params = clone / "params.yaml"
     before = params.read_text()
-    params.write_text(before.replace("frontier_points: 8", "frontier_points: 5"))
+    params.write_text(before.replace("cost_step: 0.025", "cost_step: 0.05"))
     output = run(clone, "scripts/lock-check", check=False)
     params.write_text(before)
     assert "run `dvc repro`" in output
@@ -211,10 +211,10 @@ def test_an_image_more_runs_download_again(clone: Path):
 def test_a_typo_stops_the_pipeline_before_work(clone: Path):
     file = clone / "params.yaml"
     before = file.read_text()
-    file.write_text(before.replace("score: max_probability", "score: max_probabilty"))
+    file.write_text(before.replace("score: best", "score: bst"))
     output = run(clone, "dvc", "repro", check=False)
     file.write_text(before)
-    assert "calibrate.score = 'max_probabilty' is unknown; use one of max_probability" in output
+    assert "calibrate.score = 'bst' is unknown; use one of best, max_probability" in output
     assert ran(output) == ["calibrate"]
     assert "Traceback" not in output
     run(clone, "dvc", "checkout", "--force")

@@ -15,7 +15,8 @@ STAGES = {
 }  # fmt: skip
 ROOMS = {
     # params checks lengths against layouts and orders, whose modules have no torch.
-    "params": {"errors", "learning", "networks", "schema"},
+    "params": {"errors", "learning", "networks", "requirement", "schema"},
+    "requirement": {"schema"},
     "schema": {"errors"},
     "tracking": {"errors", "files", "params"},
     "files": {"errors"},
@@ -23,7 +24,7 @@ ROOMS = {
     "data": {"errors", "files", "params"},
     "networks": {"errors"},
     "learning": {"errors", "files", "params", "data", "networks"},
-    "policy": {"errors", "files", "params", "device"},
+    "policy": {"errors", "files", "params", "device", "requirement"},
     "graph": {"errors", "files", "params", "device", "networks"},
     "device": set(),
 }

@@ -53,14 +53,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         np.save(out / f"{name}.npy", np.concatenate(parts))
 
     contenders: dict[str, Callable[[NDArray[np.uint8]], Any]] = {}
-    for point in policy.points:
-        contenders[f"point/{point.name}"] = _cascade(session, point.thresholds, point.votes)
+    for label, point in policy.named.items():
+        contenders[label] = _cascade(session, point.thresholds, point.votes)
     for exit in range(len(policy.macs)):
         thresholds = force_exit(exit, len(policy.macs))
         contenders[f"exit_{exit}"] = _cascade(session, thresholds, policy.points[0].votes)
     for name, static in statics.items():
         contenders[name] = _static(static)
-    latencies, exits = _time(contenders, images[: job["latency_images"]])
+    latencies, exits = _time(contenders, images[: job["latency_images"]], set(policy.named))
     files = {"edgeke": job["model"], **job["static"]}
     return {
         "policy": carried,
@@ -113,14 +113,16 @@ def _force(
 
 
 def _time(
-    contenders: dict[str, Callable[[NDArray[np.uint8]], Any]], images: NDArray[np.uint8]
+    contenders: dict[str, Callable[[NDArray[np.uint8]], Any]],
+    images: NDArray[np.uint8],
+    points: set[str],
 ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
     """Milliseconds per image and contender; and the exits that each operating point took."""
     for run in contenders.values():
         for image in images[:_WARM_UP]:
             run(image[None])
     latencies: dict[str, list[float]] = {name: [] for name in contenders}
-    exits: dict[str, list[int]] = {name: [] for name in contenders if name.startswith("point/")}
+    exits: dict[str, list[int]] = {name: [] for name in contenders if name in points}
     order, shuffle = list(contenders.items()), random.Random(0).shuffle
     for image in images:
         shuffle(order)  # whoever runs behind a large network finds the caches cold

@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
+from edgeke.graph.scores import Score, build_score, score_constants
+
 __all__ = ["IR_VERSION", "OPSET", "compose_cascade"]
 
 # The widest support for a file with If nodes: ONNX Runtime 1.15.1 and everything newer.
@@ -16,7 +18,7 @@ IR_VERSION = 8
 def compose_cascade(
     segments: Sequence[onnx.ModelProto],
     *,
-    score: str,
+    score: Score,
     temperatures: Sequence[float],
     image_shape: tuple[int, int, int],
     classes: int,
@@ -31,8 +33,8 @@ def compose_cascade(
     exits = len(segments)
     prefixed = [compose.add_prefix(model, f"s{e}_") for e, model in enumerate(segments)]
     constants = [
-        numpy_helper.from_array(np.array([1], np.int64), "axis_1"),
         numpy_helper.from_array(np.array([0], np.int64), "axis_0"),
+        *score_constants(classes),
     ]
     graph = _level(0, prefixed, score, temperatures)
     inputs = [
@@ -69,11 +71,12 @@ def compose_cascade(
 
 
 def _level(
-    exit: int, segments: Sequence[onnx.ModelProto], score: str, temperatures: Sequence[float]
+    exit: int, segments: Sequence[onnx.ModelProto], score: Score, temperatures: Sequence[float]
 ) -> onnx.GraphProto:
     """Segment `exit` and the decision behind it, as a graph with two outputs."""
     segment, last = segments[exit].graph, exit == len(segments) - 1
     name = f"e{exit}_"
+    score_nodes, score_weights = build_score(score, exit)
     nodes = []
     if exit:
         before = segments[exit - 1].graph.output[1].name
@@ -82,13 +85,14 @@ def _level(
         *segment.node,
         helper.make_node("Div", [segment.output[0].name, f"{name}temperature"], [f"{name}scaled"]),
         helper.make_node("Softmax", [f"{name}scaled"], [f"{name}probabilities"], axis=1),
-        *_score_nodes(score, f"{name}probabilities", f"{name}score"),
+        *score_nodes,
         helper.make_node("Gather", ["thresholds", f"{name}index"], [f"{name}threshold"]),
         helper.make_node("Greater", [f"{name}score", f"{name}threshold"], [f"{name}sure"]),
     ]
     constants = [
         numpy_helper.from_array(np.array(temperatures[exit], np.float32), f"{name}temperature"),
         numpy_helper.from_array(np.array([exit], np.int64), f"{name}index"),
+        *score_weights,
     ]
     then = helper.make_graph(
         [
@@ -116,13 +120,6 @@ def _level(
         _outputs(f"{name}out_"),
         [*segment.initializer, *constants],
     )
-
-
-def _score_nodes(score: str, probabilities: str, out: str) -> list[onnx.NodeProto]:
-    """The nodes that compute a score `[1]` from probabilities `[1, K]`."""
-    if score != "max_probability":
-        raise ValueError(f"score {score!r} has no graph")
-    return [helper.make_node("ReduceMax", [probabilities, "axis_1"], [out], keepdims=0)]
 
 
 def _vote(exits: int) -> onnx.GraphProto:

@@ -41,6 +41,9 @@ class ExitSpec:
     attach: str
     kind: str
 
+    def __str__(self) -> str:
+        return f"{self.attach}:{self.kind}"
+
 
 # A layout's name, or its early exits, shallow to deep; the main exit is added behind them.
 Layout = str | tuple[ExitSpec, ...]
@@ -160,6 +163,12 @@ def layout_exits(layout: Layout, backbone: str) -> tuple[ExitSpec, ...]:
         return (*(ExitSpec(end, "attention") for end in ends), main)
     if isinstance(layout, str):
         raise InputError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
+    if not layout:
+        raise InputError(
+            "branchynet.layout = [] leaves nothing to choose from: name an exit before the main "
+            "one, such as {attach: layer3.0, kind: branch}, or use one of "
+            f"{', '.join(LAYOUTS)}"
+        )
     exits = (*layout, main)
     Architecture(backbone, 1, 1, 2, exits)  # checks names, kinds and order
     return exits

@@ -1,14 +1,27 @@
-"""From logits to calibrated probabilities and scores."""
+"""From logits to calibrated probabilities and scores: how sure an exit is, always in [0, 1]."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import expit, softmax
 
-__all__ = ["SCORES", "calibrated_probabilities", "max_probability"]
+__all__ = [
+    "SCORES",
+    "Score",
+    "agreement",
+    "calibrated_probabilities",
+    "entropy",
+    "margin",
+    "max_probability",
+    "statistics",
+]
 
 Floats = NDArray[np.float32]
+
+# Keeps the logarithm finite where a probability is 0; the graph uses the same.
+_SMALLEST = 1e-12
 
 
 def calibrated_probabilities(logits: Floats, temperatures: Sequence[float]) -> Floats:
@@ -27,4 +40,59 @@ def max_probability(probabilities: Floats) -> Floats:
     return score
 
 
-SCORES: dict[str, Callable[[Floats], Floats]] = {"max_probability": max_probability}
+def margin(probabilities: Floats) -> Floats:
+    """The largest class probability less the second: `[..., K]` to `[...]` in [0, 1]."""
+    two = np.partition(probabilities, -2, axis=-1)[..., -2:]
+    score: Floats = two[..., 1] - two[..., 0]
+    return score
+
+
+def entropy(probabilities: Floats) -> Floats:
+    """One less the entropy over its greatest value ln K: `[..., K]` to `[...]` in [0, 1]."""
+    logs = np.log(np.maximum(probabilities, np.float32(_SMALLEST)))
+    spread = -(probabilities * logs).sum(axis=-1) / np.float32(np.log(probabilities.shape[-1]))
+    score: Floats = np.clip(1 - spread, 0, 1).astype(np.float32)
+    return score
+
+
+SCORES: dict[str, Callable[[Floats], Floats]] = {
+    "max_probability": max_probability,
+    "margin": margin,
+    "entropy": entropy,
+}
+
+
+def agreement(one: Floats, other: Floats) -> Floats:
+    """The probability that two exits, drawing a class each, draw the same: `[N, K]` to `[N]`."""
+    score: Floats = (one * other).sum(axis=-1)
+    return score
+
+
+def statistics(probabilities: Floats, exit: int) -> Floats:
+    """What the learned score sees at an exit, `[N, 4 exit + 3]`, from probabilities `[E, N, K]`.
+
+    The three plain scores of this and every earlier exit, shallow to deep, then the agreement of
+    each earlier exit with this one.
+    """
+    seen = probabilities[: exit + 1]
+    plain = [score(at_exit) for at_exit in seen for score in SCORES.values()]
+    return np.stack([*plain, *(agreement(before, seen[exit]) for before in seen[:exit])], axis=-1)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score by name; `learned` has a bias and one weight per statistic, for every exit."""
+
+    name: str
+    weights: tuple[tuple[float, ...], ...] = ()
+
+    def of(self, probabilities: Floats) -> Floats:
+        """How sure every exit is of every sample: `[E, N, K]` to `[E, N]`."""
+        if self.name in SCORES:
+            return SCORES[self.name](probabilities)
+        rows = []
+        for exit, (bias, *weights) in enumerate(self.weights):
+            seen = statistics(probabilities, exit)
+            logit = seen @ np.asarray(weights, np.float32) + np.float32(bias)
+            rows.append(expit(logit.astype(np.float32)))
+        return np.stack(rows).astype(np.float32)

@@ -7,29 +7,34 @@ from numpy.typing import NDArray
 
 from edgeke.device.policy import ALWAYS, NEVER
 
-__all__ = ["threshold_for_share", "thresholds_for_proportions"]
+__all__ = ["cuts", "threshold_for_share", "thresholds_for_proportions"]
+
+
+def cuts(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Every threshold that divides scores `[N]` differently, ascending from ALWAYS to NEVER.
+
+    Each lies halfway between two observed scores, so that rounding on another machine moves nobody
+    across. Equal scores leave or stay together.
+    """
+    values = np.unique(scores.astype(np.float32))
+    middles = ((values[:-1].astype(np.float64) + values[1:]) / 2).astype(np.float32)
+    # Between neighbouring floats the middle rounds to one of them; scores must exceed it.
+    middles = np.where(middles >= values[1:], values[:-1], middles)
+    return np.concatenate([[ALWAYS], middles, [NEVER]]).astype(np.float32)
 
 
 def threshold_for_share(scores: NDArray[np.float32], share: float) -> float:
     """The threshold that lets the surest `share` of samples leave; scores `[N]`.
 
-    It lies halfway between two observed scores, so that rounding on another machine moves nobody
-    across. Equal scores leave or stay together, whichever comes nearer to `share`.
+    Equal scores leave or stay together, whichever comes nearer to `share`.
     """
     if len(scores) == 0 or share <= 0:
         return NEVER
     if share >= 1:
         return ALWAYS
-    values, counts = np.unique(scores.astype(np.float32), return_counts=True)
-    leaving = np.append(np.cumsum(counts[::-1])[::-1], 0)
-    cut = int(np.abs(leaving - share * len(scores)).argmin())
-    if cut == 0:
-        return ALWAYS
-    if cut == len(values):
-        return NEVER
-    middle = np.float32((float(values[cut - 1]) + float(values[cut])) / 2)
-    # Between neighbouring floats the middle rounds to one of them; scores must exceed it.
-    return float(values[cut - 1] if middle >= values[cut] else middle)
+    possible = cuts(scores)
+    leaving = len(scores) - np.searchsorted(np.sort(scores), possible, side="right")
+    return float(possible[np.abs(leaving - share * len(scores)).argmin()])
 
 
 def thresholds_for_proportions(

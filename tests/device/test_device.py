@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,15 @@ from toys import ROOT, replace
 
 from edgeke.device.errors import DeviceError
 from edgeke.device.measure import peak_memory
-from edgeke.device.policy import OperatingPoint, Policy, force_exit, parse_policy, read_policy
+from edgeke.device.policy import (
+    Answer,
+    OperatingPoint,
+    Policy,
+    Promise,
+    force_exit,
+    parse_policy,
+    read_policy,
+)
 from edgeke.device.session import open_session
 
 POINT = OperatingPoint(
@@ -16,12 +25,27 @@ POINT = OperatingPoint(
     thresholds=(2.0, -1.0),
     votes=(0.4, 0.6),
     shares=(0.0, 1.0),
+    reach_upper=(1.0, 1.0),
     voted=0.0,
+    validation_accuracy=0.92,
     accuracy=0.9,
     accuracy_interval=(0.8, 0.95),
-    accuracy_samples=100,
+    loss=0.0,
+    promises=(Promise("max_error", 0.15, 0.1, 1),),
 )
-POLICY = Policy("max_probability", (1.0, 1.5), (10, 20), (POINT,), "full")
+ANSWER = Answer("max_cost_0.9", "max_cost", 0.9, 0.1, "full", None)
+POLICY = Policy(
+    score="learned",
+    score_weights=((0.1, 2.0), (0.2, 1.0, -1.0)),
+    temperatures=(1.0, 1.5),
+    macs=(10, 20),
+    main_macs=18,
+    samples=100,
+    delta=0.1,
+    points=(POINT,),
+    requirements=(ANSWER,),
+    default="full",
+)
 
 
 def changed(**changes: object) -> str:
@@ -38,12 +62,16 @@ def test_policy_round_trip():
         ("no json", "not an EdgeKE policy"),
         ("{}", "not an EdgeKE policy"),
         ("[]", "not an EdgeKE policy"),
-        (changed(schema=99), "policy schema 99 is not 1"),
+        (changed(schema=99), "policy schema 99 is not 2"),
         (changed(surprise=1), "incomplete"),
         (changed(points=[]), "contradicts itself"),
         (changed(macs=[20, 10]), "contradicts itself"),
         (changed(macs=[10]), "contradicts itself"),
         (changed(temperatures=[1.0, 0.0]), "contradicts itself"),
+        (changed(samples=0), "contradicts itself"),
+        (changed(score_weights=[[0.1, 2.0]]), "contradicts itself"),
+        (changed(requirements=[{**asdict(ANSWER), "point": "fast"}]), "contradicts itself"),
+        (changed(requirements=[{}]), "incomplete"),
         (changed(default="fast"), "no operating point 'fast'; use one of full"),
         (changed(points=[{**POLICY.to_json()["points"][0], "votes": [1.0]}]), "contradicts"),
         (changed(points=[{**POLICY.to_json()["points"][0], "thresholds": [None, 1]}]), "contrad"),

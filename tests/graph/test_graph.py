@@ -5,23 +5,27 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from toys import CLASSES, SIZE, randomise
 
 from edgeke.data.augment import Normalise
 from edgeke.device.policy import force_exit
 from edgeke.device.session import open_session
 from edgeke.errors import InputError
-from edgeke.graph.compose import compose_cascade
+from edgeke.graph.compose import IR_VERSION, OPSET, compose_cascade
 from edgeke.graph.parity import check_close, check_exits
 from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.graph.scores import build_score, score_constants
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.learning.images import predict
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.policy.cascade import run_cascade
-from edgeke.policy.scores import calibrated_probabilities, max_probability
+from edgeke.policy.learned import fit_learned
+from edgeke.policy.scores import SCORES, Score, calibrated_probabilities
 
 TEMPERATURES = (0.8, 1.3, 2.0)
+MAX_PROBABILITY = Score("max_probability")
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def run_file(model: onnx.ModelProto, images, thresholds, votes):
     return np.concatenate([a[0] for a in answers]), np.concatenate([a[1] for a in answers])
 
 
-def composed(segments, score="max_probability") -> onnx.ModelProto:
+def composed(segments, score=MAX_PROBABILITY) -> onnx.ModelProto:
     return compose_cascade(
         segments,
         score=score,
@@ -75,7 +79,7 @@ def test_other_networks_are_exported_alike(dataset, images, layout, shared):
     assert np.allclose(found, torch_logits(network, dataset, images), atol=1e-4)
     whole = compose_cascade(
         models,
-        score="max_probability",
+        score=MAX_PROBABILITY,
         temperatures=[1.0] * len(models),
         image_shape=(SIZE, SIZE, 1),
         classes=len(CLASSES),
@@ -101,12 +105,14 @@ def test_files_load_from_the_oldest_runtime_on(segments):
         onnx.checker.check_model(model)
 
 
-def test_the_composed_file_equals_the_vectorised_cascade(segments, images):
-    pixels = channels_last(images)
+@pytest.mark.parametrize("name", [*SCORES, "learned"])
+def test_the_composed_file_equals_the_vectorised_cascade(segments, dataset, name):
+    labels, pixels = dataset["validation"].labels, channels_last(dataset["validation"].images)
     logits = segment_logits([s.SerializeToString() for s in segments], pixels, 1)
     probabilities = calibrated_probabilities(logits, TEMPERATURES)
-    scores = max_probability(probabilities)
-    model, votes = composed(segments), (0.3, 0.3, 0.4)
+    score = fit_learned(probabilities, labels) if name == "learned" else Score(name)
+    scores = score.of(probabilities)
+    model, votes = composed(segments, score), (0.3, 0.3, 0.4)
     middle = tuple(float(np.median(s)) + 1e-4 for s in scores)
     seen = set()
     for thresholds in [middle, (0.99, 0.5, 0.2), *(force_exit(e, 3) for e in range(4))]:
@@ -116,6 +122,40 @@ def test_the_composed_file_equals_the_vectorised_cascade(segments, images):
         assert np.allclose(answer, expected.probabilities, atol=1e-5)
         seen |= set(exit.tolist())
     assert seen == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name", [*SCORES, "learned"])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_score_nodes_equal_numpy(name, classes):
+    """Every exit's score out of a graph of the score alone, on ordinary and extreme answers."""
+    logits = np.random.default_rng(0).normal(0, 3, (3, 300, classes)).astype(np.float32)
+    logits[:, :50] *= 100
+    logits[:, 50:60] = 0
+    probabilities = calibrated_probabilities(logits, TEMPERATURES)
+    labels = np.arange(300) % classes
+    score = fit_learned(probabilities, labels) if name == "learned" else Score(name)
+    nodes, weights = [], [*score_constants(classes)]
+    weights.append(numpy_helper.from_array(np.array([0], np.int64), "axis_0"))
+    for exit in range(3):
+        at_exit = build_score(score, exit)
+        nodes += at_exit[0]
+        weights += at_exit[1]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "scores",
+        [value(f"e{e}_probabilities", TensorProto.FLOAT, [1, classes]) for e in range(3)],
+        [value(f"e{e}_score", TensorProto.FLOAT, [1]) for e in range(3)],
+        weights,
+    )
+    opset = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
+    session = open_session(model.SerializeToString())
+    found = [
+        session.run(None, {f"e{e}_probabilities": probabilities[e, None, n] for e in range(3)})
+        for n in range(300)
+    ]
+    assert np.allclose(np.array(found)[:, :, 0].T, score.of(probabilities), atol=1e-5)
 
 
 def test_later_weights_live_behind_the_branch_that_needs_them(segments):
@@ -129,7 +169,7 @@ def test_later_weights_live_behind_the_branch_that_needs_them(segments):
 
 def test_an_unknown_score_has_no_graph(segments):
     with pytest.raises(ValueError, match="score 'luck' has no graph"):
-        composed(segments, score="luck")
+        composed(segments, score=Score("luck"))
 
 
 def test_parity_reports_and_refuses():
