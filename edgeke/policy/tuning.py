@@ -1,4 +1,4 @@
-"""What turns logits into answers and scores: temperatures, a score, votes. _Fitted on validation."""
+"""What turns logits into answers and scores: temperatures, a score, votes. Fitted on validation."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
