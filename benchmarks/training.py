@@ -3,13 +3,15 @@
 Both train the same ResNet18 under the same ResNet34 on the same 32x32 images with the same batch.
 The published loop is written afresh from its description: PIL transforms in a DataLoader, a teacher
 forward that records a graph, two student forwards, and SciPy's distance sample by sample (which is
-why it has no gradient). Steps are interleaved in one process. Prints images/s and, last, one JSON
-line.
+why it has no gradient). Steps are interleaved in one process; peak memory is a fresh process's for
+each. `--profile` prints instead where the time of our step goes. The last line is JSON.
 """
 
 import argparse
 import json
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -158,34 +160,75 @@ def interleave(steps: dict[str, Step], rounds: int, device: torch.device) -> dic
     return times
 
 
+def peak_memory(step: Step, device: torch.device) -> float:
+    """MiB that this process holds at most over three steps: of the GPU, or above its start."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def profile(step: Step, rounds: int) -> None:
+    """Print the share of the CPU time of our step that each kind of operation takes."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    step()
+    with torch.profiler.profile(activities=activities) as profiled:
+        for _ in range(rounds):
+            step()
+    rows = sorted(profiled.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    print("| operation | share of CPU time | calls per step |\n| --- | --- | --- |")
+    for row in rows[:12]:
+        share = 100 * row.self_cpu_time_total / total
+        print(f"| {row.key} | {share:.1f} % | {row.count / rounds:.0f} |")
+
+
 def main() -> None:
-    """Print both tables, then one JSON line."""
+    """Print the tables, then one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--profile", action="store_true", help="where the time of our step goes")
+    parser.add_argument("--memory", choices=["ours", "published loop"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (2048, 32, 32, 3), dtype=np.uint8)
     labels = random.integers(0, CLASSES, 2048)
     shared = (images, labels, options.width, options.batch, device)
+    makers = {"ours": ours, "published loop": published}
+    if options.memory:
+        print(peak_memory(makers[options.memory](*shared), device))
+        return
+    if options.profile:
+        profile(ours(*shared), options.rounds)
+        return
+    again = [sys.executable, "-m", "benchmarks.training", "--width", str(options.width)]
+    again += ["--batch", str(options.batch), "--memory"]
+    memory = {name: float(subprocess.check_output([*again, name], text=True)) for name in makers}
     times = interleave(
-        {"ours": ours(*shared), "published loop": published(*shared)}, options.rounds, device
+        {name: make(*shared) for name, make in makers.items()}, options.rounds, device
     )
-    print("| KD step | images/s, best | images/s, median |\n| --- | --- | --- |")
+    print("| KD step | images/s, best | images/s, median | peak memory MiB |")
+    print("| --- | --- | --- | --- |")
     for name, values in times.items():
         rate = options.batch / np.array(values)
-        print(f"| {name} | {rate.max():.0f} | {np.median(rate):.0f} |")
+        print(f"| {name} | {rate.max():.0f} | {np.median(rate):.0f} | {memory[name]:.0f} |")
     by_order = interleave(order_steps(options.width, options.batch, device), options.rounds, device)
-    print("\n| order and phase | ms per step, best | median |\n| --- | --- | --- |")
+    print("\n| order and phase | ms per step, best | median | minutes per epoch of 45,000 images |")
+    print("| --- | --- | --- | --- |")
     for name, values in by_order.items():
-        print(f"| {name} | {1e3 * min(values):.0f} | {1e3 * float(np.median(values)):.0f} |")
+        best, median = min(values), float(np.median(values))
+        minutes = median * 45_000 / options.batch / 60
+        print(f"| {name} | {1e3 * best:.0f} | {1e3 * median:.0f} | {minutes:.1f} |")
     ratios = np.array(times["published loop"]) / np.array(times["ours"])
     result = {
         "kd_step_speedup": round(float(np.median(ratios)), 3),
         "kd_step_speedup_of_minima": round(min(times["published loop"]) / min(times["ours"]), 3),
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mib": {name: round(mib) for name, mib in memory.items()},
         "device": device.type,
         "width": options.width,
         "batch": options.batch,
