@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgeke.device.policy import force_exit
+from edgeke.device.scores import Score
 from edgeke.device.session import open_session
 
 
@@ -34,7 +35,7 @@ def build(width: int) -> tuple[bytes, bytes]:
     normalisation = ([0.5] * 3, [0.25] * 3, 32)
     cascade = compose_cascade(
         export_segments(network, *normalisation),
-        score="max_probability",
+        score=Score("max_probability"),
         temperatures=[1.0] * len(network.exits),
         image_shape=(32, 32, 3),
         classes=100,

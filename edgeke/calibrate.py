@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgeke.data.dataset import Split
 from edgeke.device.policy import Answer, Policy, force_exit
+from edgeke.device.scores import Score, calibrated_probabilities
 from edgeke.device.session import open_session
 from edgeke.graph.compose import compose_cascade
 from edgeke.graph.parity import check_close, check_exits
@@ -22,7 +23,6 @@ from edgeke.policy.candidates import Candidate, cross_fitted_accuracy, propose
 from edgeke.policy.cascade import run_cascade, vote
 from edgeke.policy.certify import Frozen
 from edgeke.policy.samples import check_costs, check_logits
-from edgeke.policy.scores import Score, calibrated_probabilities
 from edgeke.policy.temperatures import (
     calibration_error,
     negative_log_likelihood,

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from edgeke.data.dataset import Split
 from edgeke.device.policy import Policy, parse_policy
+from edgeke.device.scores import Score
 from edgeke.errors import InputError
 from edgeke.graph.parity import check_exits
 from edgeke.graph.runner import channels_last
 from edgeke.params import Evaluate
 from edgeke.policy.intervals import share_interval
 from edgeke.policy.samples import Samples
-from edgeke.policy.scores import Score
 
 __all__ = ["Evaluation", "evaluate", "kept"]
 

@@ -68,14 +68,15 @@ def export(
         metrics |= {f"cost/{name}/{key}": value for key, value in asdict(cost).items()}
         metrics[f"cost/{name}/macs_share"] = cost.macs / plain.macs
 
-    names = tuple(f"fp32/{e}.onnx" for e in range(len(segments)))
+    folder = models / "segments" / "fp32"
+    names = tuple(f"{e}.onnx" for e in range(len(segments)))
     for name, model in zip(names, segments, strict=True):
-        write_bytes(models / "segments" / name, model)
+        write_bytes(folder / name, model)
     for name, model in static.items():
         write_bytes(models / "static" / f"{name}.onnx", model)
     macs = tuple(cost.macs for cost in costs)
     manifest = Manifest(names, macs, plain.macs, preprocessing.classes, (size, size, channels))
-    manifest.write(models / "segments")
+    manifest.write(folder)
     return metrics
 
 

@@ -25,7 +25,7 @@ from stages._entry import entry
 
 
 def run(params: Params, log: Run) -> dict[str, float]:
-    folder, models = Path("models/segments"), Path("models")
+    folder, models = Path("models/segments/fp32"), Path("models")
     manifest = Manifest.read(folder)
     segments = [folder / name for name in manifest.segments]
     dataset = load_dataset(Path("data/dataset.safetensors"), ("validation", "calibration"))

@@ -9,6 +9,7 @@ from toys import CLASSES, SIZE, replace
 
 from edgeke.calibrate import Answers, compose, freeze
 from edgeke.device.policy import Answer
+from edgeke.device.scores import Score, calibrated_probabilities
 from edgeke.errors import InputError
 from edgeke.evaluate import evaluate, kept
 from edgeke.graph.runner import channels_last, segment_logits
@@ -16,7 +17,6 @@ from edgeke.graph.segments import export_segments, export_static
 from edgeke.params import Calibrate, Evaluate
 from edgeke.policy.cascade import run_cascade
 from edgeke.policy.certify import certify
-from edgeke.policy.scores import Score, calibrated_probabilities
 from edgeke.requirement import Requirement
 
 MACS, MAIN = (60, 80, 110), 90

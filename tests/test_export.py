@@ -29,13 +29,13 @@ def test_everything_is_written_and_equal_to_pytorch(network, teacher, dataset, t
         SETTINGS,
         tmp_path,
     )
-    manifest = Manifest.read(tmp_path / "segments")
+    manifest = Manifest.read(tmp_path / "segments" / "fp32")
     assert manifest.classes == CLASSES
     assert manifest.image_shape == (SIZE, SIZE, 1)
     assert [metrics[f"cost/exit_{e}/macs"] for e in range(3)] == list(manifest.macs)
     assert metrics["cost/main/macs"] == manifest.main_macs
     for name in manifest.segments:
-        assert (tmp_path / "segments" / name).is_file()
+        assert (tmp_path / "segments" / "fp32" / name).is_file()
     for name in ("teacher", "main"):
         assert (tmp_path / "static" / f"{name}.onnx").is_file()
     for name in ("exit_0", "exit_1", "exit_2", "teacher", "main"):

@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
-from edgeke.graph.scores import Score, build_score, score_constants
+from edgeke.device.scores import Score
+from edgeke.graph.scores import build_score, score_constants
 
 __all__ = ["IR_VERSION", "OPSET", "compose_cascade"]
 

@@ -13,7 +13,7 @@ _NAME = "segments.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Files in order, MACs per exit `[E]`, class names, image shape `(H, W, C)`.
+    """One precision's files in order, MACs per exit `[E]`, class names, image shape `(H, W, C)`.
 
     `main_macs` are those of the main exit without the other exits' branches: the plain network.
     """

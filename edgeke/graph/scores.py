@@ -1,25 +1,17 @@
-"""Scores as ONNX nodes: the same arithmetic as `edgeke.policy.scores`, in the same precision."""
+"""Scores as ONNX nodes: the same arithmetic as `edgeke.device.scores`, in the same precision."""
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-__all__ = ["Score", "build_score", "score_constants"]
+from edgeke.device.scores import Score
+
+__all__ = ["build_score", "score_constants"]
 
 _SMALLEST = 1e-12
-
-
-class Score(Protocol):
-    """A score by name, with the learned one's bias and weights per exit."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def weights(self) -> tuple[tuple[float, ...], ...]: ...
 
 
 def score_constants(classes: int) -> list[onnx.TensorProto]:

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from edgeke.policy.scores import Score, statistics
+from edgeke.device.scores import Score, statistics
 
 __all__ = ["fit_learned"]
 

@@ -8,10 +8,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeke.device.scores import SCORES, Score, calibrated_probabilities
 from edgeke.policy.learned import fit_learned
 from edgeke.policy.ranking import area_under_risk_coverage, auroc
 from edgeke.policy.samples import Samples
-from edgeke.policy.scores import SCORES, Score, calibrated_probabilities
 from edgeke.policy.temperatures import fit_temperature
 from edgeke.policy.votes import fit_votes
 

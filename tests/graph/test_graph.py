@@ -10,6 +10,7 @@ from toys import CLASSES, SIZE, randomise
 
 from edgeke.data.augment import Normalise
 from edgeke.device.policy import force_exit
+from edgeke.device.scores import SCORES, Score, calibrated_probabilities
 from edgeke.device.session import open_session
 from edgeke.errors import InputError
 from edgeke.graph.compose import IR_VERSION, OPSET, compose_cascade
@@ -22,7 +23,6 @@ from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.policy.cascade import run_cascade
 from edgeke.policy.learned import fit_learned
-from edgeke.policy.scores import SCORES, Score, calibrated_probabilities
 
 TEMPERATURES = (0.8, 1.3, 2.0)
 MAX_PROBABILITY = Score("max_probability")

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from edgeke.device.policy import force_exit
+from edgeke.device.scores import calibrated_probabilities, max_probability
 from edgeke.policy.cascade import leave_at, run_cascade, vote
-from edgeke.policy.scores import calibrated_probabilities, max_probability
 
 
 def answers(seed: int = 0, exits: int = 3, samples: int = 200, classes: int = 5):

@@ -3,9 +3,9 @@ import pytest
 from draws import draw
 
 from edgeke.device.policy import force_exit
+from edgeke.device.scores import calibrated_probabilities, max_probability
 from edgeke.errors import InputError
 from edgeke.policy.samples import Samples, check_costs, check_logits
-from edgeke.policy.scores import calibrated_probabilities, max_probability
 
 COSTS = (0.4, 0.7, 1.2)
 VOTES = (0.2, 0.3, 0.5)

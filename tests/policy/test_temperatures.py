@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from edgeke.device.scores import calibrated_probabilities
 from edgeke.policy.intervals import share_interval
-from edgeke.policy.scores import calibrated_probabilities
 from edgeke.policy.temperatures import (
     calibration_error,
     fit_temperature,

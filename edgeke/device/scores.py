@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, softmax
 
 __all__ = [
     "SCORES",
@@ -30,7 +29,8 @@ def calibrated_probabilities(logits: Floats, temperatures: Sequence[float]) -> F
     Single precision throughout, as the exported graph computes it.
     """
     scaled = logits.astype(np.float32) / np.asarray(temperatures, np.float32)[:, None, None]
-    probabilities: Floats = softmax(scaled, axis=-1).astype(np.float32)
+    raised = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    probabilities: Floats = raised / raised.sum(axis=-1, keepdims=True)
     return probabilities
 
 
@@ -94,5 +94,6 @@ class Score:
         for exit, (bias, *weights) in enumerate(self.weights):
             seen = statistics(probabilities, exit)
             logit = seen @ np.asarray(weights, np.float32) + np.float32(bias)
-            rows.append(expit(logit.astype(np.float32)))
+            # Half a tanh is the logistic function without an overflow.
+            rows.append(np.float32(0.5) + np.float32(0.5) * np.tanh(logit / np.float32(2)))
         return np.stack(rows).astype(np.float32)

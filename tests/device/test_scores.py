@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from draws import draw
 
+from edgeke.device.scores import SCORES, Score, calibrated_probabilities, statistics
 from edgeke.policy.learned import fit_learned
 from edgeke.policy.ranking import area_under_risk_coverage, auroc
-from edgeke.policy.scores import SCORES, Score, calibrated_probabilities, statistics
 
 
 def test_plain_scores_by_hand():
