@@ -2,7 +2,7 @@
 VENV := .venv/bin
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 
-.PHONY: help setup run test check show plots picture ui
+.PHONY: help setup run test check show plots picture ui bundle
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,3 +32,6 @@ picture: setup ## docs/pictures: the README's pictures, from the last run's plot
 
 ui: setup ## open MLflow on the project's store (http://127.0.0.1:5000)
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow/mlflow.db
+
+bundle: setup ## bundle/ and bundle.zip: the built model with all it needs on a device
+	@scripts/bundle

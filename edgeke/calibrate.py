@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from edgeke.data.dataset import Split
 from edgeke.device.policy import Answer, Policy, force_exit
-from edgeke.device.scores import Score, calibrated_probabilities
+from edgeke.device.scores import Score, calibrated_probabilities, vote
 from edgeke.device.session import open_session
 from edgeke.graph.compose import compose_cascade
+from edgeke.graph.manifest import Manifest
 from edgeke.graph.parity import check_close, check_exits
-from edgeke.graph.runner import channels_last
+from edgeke.graph.runner import channels_last, segment_logits
 from edgeke.params import Calibrate
 from edgeke.policy.candidates import Candidate, cross_fitted_accuracy, propose
-from edgeke.policy.cascade import run_cascade, vote
-from edgeke.policy.certify import Frozen
+from edgeke.policy.cascade import run_cascade
+from edgeke.policy.certify import Frozen, certify
 from edgeke.policy.samples import check_costs, check_logits
 from edgeke.policy.temperatures import (
     calibration_error,
@@ -33,6 +34,8 @@ from edgeke.policy.tuning import Tuning, folds, rank_scores, tune
 
 __all__ = [
     "Answers",
+    "Calibrated",
+    "calibrate",
     "check_composed",
     "compose",
     "exit_quality",
@@ -55,6 +58,47 @@ class Answers:
 
     logits: NDArray[np.float32]
     labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A policy, the one file that carries it, and what was measured on the way.
+
+    `logits` `[E, N, K]` by split; `reliability` holds the rows of the diagram.
+    """
+
+    policy: Policy
+    model: bytes
+    metrics: dict[str, float]
+    logits: dict[str, NDArray[np.float32]]
+    reliability: list[dict[str, object]]
+
+
+def calibrate(
+    segments: Sequence[Path],
+    manifest: Manifest,
+    validation: Split,
+    calibration: Split,
+    settings: Calibrate,
+) -> Calibrated:
+    """Fit a policy to what the segments answer, certify it, and compose the one file.
+
+    Errors: InputError when the file does not compute its policy.
+    """
+    seen, held = (
+        Answers(segment_logits(segments, channels_last(split.images), 0), split.labels)
+        for split in (validation, calibration)
+    )
+    frozen, metrics = freeze(seen, manifest.macs, manifest.main_macs, settings)
+    policy = certify(frozen, held.logits, held.labels, settings.delta, settings.requirements)
+    metrics |= point_metrics(policy, seen)
+    metrics |= exit_quality(seen, policy.temperatures, "validation")
+    metrics |= exit_quality(held, policy.temperatures, "calibration")
+    model = compose(segments, policy, manifest.classes, manifest.image_shape)
+    metrics |= check_composed(model, policy, seen, validation)
+    logits = {"validation": seen.logits, "calibration": held.logits}
+    rows = reliability_rows(held, policy.temperatures)
+    return Calibrated(policy, model, metrics, logits, rows)
 
 
 def freeze(

@@ -1,16 +1,21 @@
 """Stage `export`: trained networks become ONNX graphs that answer the same."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 
 from edgeke.data.augment import Normalise
+from edgeke.data.dataset import Split
+from edgeke.errors import InputError
 from edgeke.files import write_bytes
 from edgeke.graph.manifest import Manifest
 from edgeke.graph.parity import check_close
+from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.runner import channels_last, segment_logits
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.learning.checkpoints import Preprocessing
@@ -26,40 +31,29 @@ def export(
     network: BranchyNet,
     teacher: BranchyNet,
     preprocessing: Preprocessing,
-    images: NDArray[np.uint8],
+    train: Split,
     settings: Export,
     models: Path,
 ) -> dict[str, float]:
-    """Write `segments/` and `static/{teacher,main}.onnx` below `models`; returns the metrics.
+    """Write `segments/{fp32,int8}/` and `static/{teacher,main}[.int8].onnx` below `models`.
 
-    Every exit and both static networks are compared with PyTorch on `images`, uint8
-    `[N, C, H, W]`. Errors: InputError, with nothing written, when one is off by more than the
-    tolerance.
+    Every exit and both static networks are compared with PyTorch on training images; int8 by its
+    accuracy, on images that it was not quantised on where there are enough. Returns the metrics.
+    Errors: InputError, with nothing written, when one is off by more than the tolerance.
     """
     channels, _, size = preprocessing.image_shape
     normalisation = (preprocessing.mean, preprocessing.std, size)
-    segments = [m.SerializeToString() for m in export_segments(network, *normalisation)]
+    segments = export_segments(network, *normalisation)
     static = {
-        "teacher": export_static(teacher, *normalisation).SerializeToString(),
-        "main": export_static(network, *normalisation).SerializeToString(),
+        "teacher": export_static(teacher, *normalisation),
+        "main": export_static(network, *normalisation),
     }
-    shown = images[: settings.parity_images]
-    expected = _logits(network, preprocessing, shown)
-    pairs = {
-        f"exit_{e}": (found, expected[e])
-        for e, found in enumerate(segment_logits(segments, channels_last(shown), threads=0))
-    }
-    for name, (model, reference) in {
-        "teacher": (static["teacher"], _logits(teacher, preprocessing, shown)[-1]),
-        "main": (static["main"], expected[-1]),
-    }.items():
-        pairs[name] = (segment_logits([model], channels_last(shown), threads=0)[0], reference)
-    metrics: dict[str, float] = {}
-    for name, (found, reference) in pairs.items():
-        difference = check_close(
-            f"{name} in ONNX", _softmax(found), _softmax(reference), settings.parity_tolerance
-        )
-        metrics[f"validation/{name}/parity_difference"] = difference
+    samples, shown = _split(train, settings)
+    metrics = _check_fp32(segments, static, network, teacher, preprocessing, shown, settings)
+    images = channels_last(samples.images)
+    quantised = quantise_segments(segments, images)
+    static |= {f"{name}.int8": quantise(static[name], images) for name in ("teacher", "main")}
+    metrics |= _check_int8(segments, quantised, static, shown, settings)
 
     costs, plain = exit_costs(network, size), exit_costs(network.branch(-1), size)[0]
     named = {f"exit_{e}": cost for e, cost in enumerate(costs)}
@@ -68,16 +62,91 @@ def export(
         metrics |= {f"cost/{name}/{key}": value for key, value in asdict(cost).items()}
         metrics[f"cost/{name}/macs_share"] = cost.macs / plain.macs
 
-    folder = models / "segments" / "fp32"
     names = tuple(f"{e}.onnx" for e in range(len(segments)))
-    for name, model in zip(names, segments, strict=True):
-        write_bytes(folder / name, model)
-    for name, model in static.items():
-        write_bytes(models / "static" / f"{name}.onnx", model)
     macs = tuple(cost.macs for cost in costs)
     manifest = Manifest(names, macs, plain.macs, preprocessing.classes, (size, size, channels))
-    manifest.write(folder)
+    for precision, graphs in (("fp32", segments), ("int8", quantised)):
+        folder = models / "segments" / precision
+        for file, graph in zip(names, graphs, strict=True):
+            write_bytes(folder / file, graph.SerializeToString())
+        manifest.write(folder)
+    for name, graph in static.items():
+        write_bytes(models / "static" / f"{name}.onnx", graph.SerializeToString())
     return metrics
+
+
+def _split(train: Split, settings: Export) -> tuple[Split, Split]:
+    """Images that int8 is quantised on, and those that everything is compared on."""
+    samples, count = settings.quantisation_images, len(train.labels)
+    start = samples if count > samples else 0
+    end = start + settings.parity_images
+    return (
+        Split(train.images[:samples], train.labels[:samples]),
+        Split(train.images[start:end], train.labels[start:end]),
+    )
+
+
+def _check_fp32(
+    segments: Sequence[onnx.ModelProto],
+    static: Mapping[str, onnx.ModelProto],
+    network: BranchyNet,
+    teacher: BranchyNet,
+    preprocessing: Preprocessing,
+    shown: Split,
+    settings: Export,
+) -> dict[str, float]:
+    expected = _logits(network, preprocessing, shown.images)
+    references = {f"exit_{e}": at_exit for e, at_exit in enumerate(expected)}
+    references |= {"teacher": _logits(teacher, preprocessing, shown.images)[-1]}
+    references |= {"main": expected[-1]}
+    metrics = {}
+    for name, found in _run(segments, static, shown).items():
+        difference = check_close(
+            f"{name} in ONNX",
+            _softmax(found),
+            _softmax(references[name]),
+            settings.parity_tolerance,
+        )
+        metrics[f"train/{name}/parity_difference"] = difference
+    return metrics
+
+
+def _check_int8(
+    segments: Sequence[onnx.ModelProto],
+    quantised: Sequence[onnx.ModelProto],
+    static: Mapping[str, onnx.ModelProto],
+    shown: Split,
+    settings: Export,
+) -> dict[str, float]:
+    names = ("teacher", "main")
+    exact = _run(segments, {name: static[name] for name in names}, shown)
+    coarse = _run(quantised, {name: static[f"{name}.int8"] for name in names}, shown)
+    metrics = {}
+    for name in exact:
+        before, after = (
+            float((of[name].argmax(-1) == shown.labels).mean()) for of in (exact, coarse)
+        )
+        metrics[f"train/{name}/int8_accuracy_lost"] = before - after
+        if before - after > settings.int8_tolerance:
+            raise InputError(
+                f"{name} in int8 answers {100 * after:.1f} % of {len(shown.labels)} training "
+                f"images right and {100 * before:.1f} % in fp32: more is lost than "
+                f"export.int8_tolerance = {settings.int8_tolerance:g} allows. Quantise on more "
+                "images (export.quantisation_images), train longer, or allow more"
+            )
+    return metrics
+
+
+def _run(
+    segments: Sequence[onnx.ModelProto], static: Mapping[str, onnx.ModelProto], shown: Split
+) -> dict[str, NDArray[np.float32]]:
+    """Logits `[N, K]` by name: every exit, then the static networks."""
+    images = channels_last(shown.images)
+    exits = segment_logits([m.SerializeToString() for m in segments], images, threads=0)
+    found = {f"exit_{e}": at_exit for e, at_exit in enumerate(exits)}
+    for name, model in static.items():
+        found[name] = segment_logits([model.SerializeToString()], images, threads=0)[0]
+    return found
 
 
 def _logits(

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from edgeke.entries import Requirement, Tier
 from edgeke.errors import InputError
 from edgeke.learning.orders import ORDERS
 from edgeke.networks.architecture import Architecture, ExitSpec
-from edgeke.requirement import Requirement
 from edgeke.schema import build, check_keys, require
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "Source",
     "Tracking",
     "Training",
-    "flatten",
     "load",
     "parse",
 ]
@@ -92,14 +91,18 @@ class BranchyNet:
 
 @dataclass(frozen=True)
 class Export:
-    """How strictly ONNX must agree with PyTorch."""
+    """How strictly ONNX must agree with PyTorch, and int8 with both."""
 
     parity_images: int
     parity_tolerance: float
+    quantisation_images: int
+    int8_tolerance: float
 
     def __post_init__(self) -> None:
         require(self.parity_images >= 1, "parity_images", "use at least 1")
         require(0 < self.parity_tolerance < 1, "parity_tolerance", "use a small number, 1.0e-4")
+        require(self.quantisation_images >= 1, "quantisation_images", "use at least 1")
+        require(0 < self.int8_tolerance <= 1, "int8_tolerance", "use a share such as 0.01")
 
 
 @dataclass(frozen=True)
@@ -123,14 +126,24 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """How the device is measured."""
+    """How and where the device is measured; the first tier is the device itself."""
 
-    threads: int
+    device: str
+    python: str
     latency_images: int
+    deadline_ms: float | None
+    tiers: tuple[Tier, ...]
 
     def __post_init__(self) -> None:
-        require(self.threads >= 1, "threads", "use at least 1")
+        known = self.device == "local" or self.device.startswith("ssh://")
+        require(known, "device", "use local or ssh://user@host")
+        require(bool(self.python), "python", "name the device's interpreter, such as python3")
         require(self.latency_images >= 1, "latency_images", "use at least 1")
+        deadline = self.deadline_ms
+        require(deadline is None or deadline > 0, "deadline_ms", "use milliseconds above 0")
+        names = [tier.name for tier in self.tiers]
+        require(0 < len(set(names)) == len(names), "tiers", "list a tier, each name once")
+        require(self.tiers[0].quota is None, "tiers", "the first is the device itself: quota null")
 
 
 @dataclass(frozen=True)
@@ -377,24 +390,3 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
     values |= {"profile_name": name, "profile": built[name]}
     params: Params = build(Params, values, "", where)
     return params
-
-
-def flatten(params: Params) -> dict[str, str | int | float | bool]:
-    """One flat dictionary, as MLflow shows parameters: `kd.beta`, `student.width`, ..."""
-    flat: dict[str, str | int | float | bool] = {}
-
-    def add(value: Any, key: str) -> None:
-        if hasattr(value, "__dataclass_fields__"):
-            for field in fields(value):
-                name = "" if field.name == "profile" else field.name
-                add(getattr(value, field.name), f"{key}.{name}".strip("."))
-        elif value is None:
-            flat[key] = "null"
-        elif isinstance(value, tuple):
-            flat[key] = ", ".join(map(str, value))
-        else:
-            flat[key] = value
-
-    add(params, "")
-    flat["profile"] = flat.pop("profile_name")
-    return flat

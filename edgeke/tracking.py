@@ -14,18 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeke.errors import InputError
 from edgeke.files import read_json, write_json
-from edgeke.params import Params, flatten
+from edgeke.params import Params
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Run", "pipeline_state", "project_root", "stage_run", "store_uri"]
+__all__ = ["Run", "flatten", "pipeline_state", "project_root", "stage_run", "store_uri"]
 
 _STATE = "edgeke.state"
 _DVC_TAGS = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
@@ -136,6 +137,27 @@ def pipeline_state(params: Params) -> str:
         digest.update(str(file).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def flatten(params: Params) -> dict[str, str | int | float | bool]:
+    """One flat dictionary, as MLflow shows parameters: `kd.beta`, `student.width`, ..."""
+    flat: dict[str, str | int | float | bool] = {}
+
+    def add(value: Any, key: str) -> None:
+        if hasattr(value, "__dataclass_fields__"):
+            for field in fields(value):
+                name = "" if field.name == "profile" else field.name
+                add(getattr(value, field.name), f"{key}.{name}".strip("."))
+        elif value is None:
+            flat[key] = "null"
+        elif isinstance(value, tuple):
+            flat[key] = ", ".join(map(str, value))
+        else:
+            flat[key] = value
+
+    add(params, "")
+    flat["profile"] = flat.pop("profile_name")
+    return flat
 
 
 @contextlib.contextmanager

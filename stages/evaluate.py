@@ -5,7 +5,7 @@ from pathlib import Path
 
 from edgeke.data.dataset import load_dataset
 from edgeke.evaluate import evaluate
-from edgeke.files import read_json, write_table
+from edgeke.files import read_json, write_json, write_table
 from edgeke.params import Params
 from edgeke.tracking import Run
 from stages._entry import entry
@@ -14,18 +14,13 @@ from stages._entry import entry
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("test",))
     exported = read_json(Path("results/export/metrics.json"))
-    names = ("main", "teacher")
-    evaluation = evaluate(
-        Path("models/edgeke.onnx"),
-        {name: Path(f"models/static/{name}.onnx") for name in names},
-        {name: exported[f"cost/{name}/macs"] for name in names},
-        dataset["test"],
-        params.evaluate,
-    )
+    macs = {name: exported[f"cost/{name}/macs"] for name in ("main", "teacher")}
+    evaluation = evaluate(Path("models"), macs, dataset["test"], params.evaluate)
     headline = evaluation.headline(read_json(Path("results/calibrate/metrics.json")))
     results = Path("results/evaluate")
     write_table(results / "frontier.csv", evaluation.frontier)
     write_table(results / "exit_shares.csv", evaluation.shares)
+    write_json(results / "device.json", evaluation.device)
     log.headline(headline)
     return evaluation.metrics
 

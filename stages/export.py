@@ -1,4 +1,4 @@
-"""BranchyNet and teacher -> models/segments/ and models/static/{teacher,main}.onnx."""
+"""BranchyNet and teacher -> models/segments/ and models/static/, in fp32 and int8."""
 
 import sys
 from pathlib import Path
@@ -17,9 +17,9 @@ def run(params: Params, log: Run) -> dict[str, float]:
     cpu = torch.device("cpu")
     network, preprocessing = load_checkpoint(Path("models/branchynet"), cpu)
     teacher, _ = load_checkpoint(Path("models/teacher"), cpu)
-    dataset = load_dataset(Path("data/dataset.safetensors"), ("validation",))
-    images = dataset["validation"].images
-    return export(network, teacher, preprocessing, images, params.export, Path("models"))
+    dataset = load_dataset(Path("data/dataset.safetensors"), ("train",))
+    train = dataset["train"]
+    return export(network, teacher, preprocessing, train, params.export, Path("models"))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from edgeke.calibrate import (
 )
 from edgeke.device.policy import parse_policy
 from edgeke.device.session import open_session
+from edgeke.entries import Requirement
 from edgeke.errors import InputError
 from edgeke.graph.runner import channels_last, segment_logits
 from edgeke.graph.segments import export_segments
 from edgeke.params import Calibrate
 from edgeke.policy.certify import certify
-from edgeke.requirement import Requirement
 
 ASKED = tuple(
     Requirement(**{**dict.fromkeys(("max_cost", "min_accuracy", "max_loss", "delta")), **asked})

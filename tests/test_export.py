@@ -12,7 +12,9 @@ from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import Export
 
-SETTINGS = Export(parity_images=50, parity_tolerance=1e-4)
+SETTINGS = Export(
+    parity_images=50, parity_tolerance=1e-4, quantisation_images=40, int8_tolerance=0.2
+)
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def test_everything_is_written_and_equal_to_pytorch(network, teacher, dataset, t
         network,
         teacher,
         Preprocessing.of(dataset),
-        dataset["validation"].images,
+        dataset["train"],
         SETTINGS,
         tmp_path,
     )
@@ -35,11 +37,14 @@ def test_everything_is_written_and_equal_to_pytorch(network, teacher, dataset, t
     assert [metrics[f"cost/exit_{e}/macs"] for e in range(3)] == list(manifest.macs)
     assert metrics["cost/main/macs"] == manifest.main_macs
     for name in manifest.segments:
-        assert (tmp_path / "segments" / "fp32" / name).is_file()
-    for name in ("teacher", "main"):
+        for precision in ("fp32", "int8"):
+            assert (tmp_path / "segments" / precision / name).is_file()
+    assert Manifest.read(tmp_path / "segments" / "int8") == manifest
+    for name in ("teacher", "main", "teacher.int8", "main.int8"):
         assert (tmp_path / "static" / f"{name}.onnx").is_file()
     for name in ("exit_0", "exit_1", "exit_2", "teacher", "main"):
-        assert 0 <= metrics[f"validation/{name}/parity_difference"] < 1e-4
+        assert 0 <= metrics[f"train/{name}/parity_difference"] < 1e-4
+        assert metrics[f"train/{name}/int8_accuracy_lost"] <= 0.2
 
 
 def test_a_graph_that_is_off_fails_and_writes_nothing(
@@ -58,7 +63,7 @@ def test_a_graph_that_is_off_fails_and_writes_nothing(
             network,
             teacher,
             Preprocessing.of(dataset),
-            dataset["validation"].images,
+            dataset["train"],
             SETTINGS,
             tmp_path,
         )

@@ -10,6 +10,7 @@ from toys import ROOT
 
 from edgeke import params
 from edgeke.errors import InputError
+from edgeke.tracking import flatten
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_a_layout_may_be_a_list(content):
         ("layer1.1", "linear"),
         ("layer2.1", "attention"),
     ]
-    assert params.flatten(parsed)["branchynet.layout"] == "layer1.1:linear, layer2.1:attention"
+    assert flatten(parsed)["branchynet.layout"] == "layer1.1:linear, layer2.1:attention"
 
 
 def test_requirements_have_names_for_metrics(content):
@@ -135,7 +136,7 @@ def test_requirements_have_names_for_metrics(content):
     parsed = params.parse(put(content, "calibrate.requirements", asked))
     names = [of.name for of in parsed.calibrate.requirements]
     assert names == ["max_loss_0.03_delta_0.1", "min_accuracy_0.97", "max_cost_1"]
-    assert params.flatten(parsed)["calibrate.requirements"] == ", ".join(names)
+    assert flatten(parsed)["calibrate.requirements"] == ", ".join(names)
     assert [of.bound for of in parsed.calibrate.requirements] == [0.03, 0.97, 1.0]
 
 
@@ -187,7 +188,7 @@ def test_no_field_has_a_default_so_every_value_is_one_that_dvc_sees():
 
 
 def test_flatten_names_every_value_once(content):
-    flat = params.flatten(params.parse(content))
+    flat = flatten(params.parse(content))
     assert flat["kd.beta"] == content["kd"]["beta"]
     assert flat["profile"] == "digits"
     assert flat["student.width"] == 16

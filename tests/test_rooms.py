@@ -15,16 +15,18 @@ STAGES = {
 }  # fmt: skip
 ROOMS = {
     # params checks lengths against layouts and orders, whose modules have no torch.
-    "params": {"errors", "learning", "networks", "requirement", "schema"},
-    "requirement": {"schema"},
+    "params": {"errors", "learning", "networks", "entries", "schema"},
+    "entries": {"schema"},
     "schema": {"errors"},
     "tracking": {"errors", "files", "params"},
     "files": {"errors"},
     "errors": set(),
+    "bundle": {"errors", "files"},
+    "remote": {"errors"},
     "data": {"errors", "files", "params"},
     "networks": {"errors"},
     "learning": {"errors", "files", "params", "data", "networks"},
-    "policy": {"errors", "files", "params", "device", "requirement"},
+    "policy": {"errors", "files", "params", "device", "entries"},
     "graph": {"errors", "files", "params", "device", "networks"},
     "device": set(),
 }

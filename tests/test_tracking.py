@@ -66,7 +66,7 @@ def test_one_parent_and_one_child_per_stage(here, loaded, monkeypatch):
     parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
     children = [r for r in found if "mlflow.parentRunId" in r.data.tags]
     assert len(parents) == 1
-    assert parents[0].data.params == {k: str(v) for k, v in params.flatten(loaded).items()}
+    assert parents[0].data.params == {k: str(v) for k, v in tracking.flatten(loaded).items()}
     assert parents[0].info.run_name == "digits-kl-asynchronous-b0.5"
     assert {c.info.run_name for c in children} == {"download", "distill@0"}
     assert {c.data.tags["DVC_STAGE"] for c in children} == {"download", "distill@0"}

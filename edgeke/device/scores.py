@@ -1,4 +1,4 @@
-"""From logits to calibrated probabilities and scores: how sure an exit is, always in [0, 1]."""
+"""From logits to calibrated probabilities, scores (how sure an exit is, in [0, 1]) and the vote."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ __all__ = [
     "margin",
     "max_probability",
     "statistics",
+    "vote",
 ]
 
 Floats = NDArray[np.float32]
@@ -88,12 +89,24 @@ class Score:
 
     def of(self, probabilities: Floats) -> Floats:
         """How sure every exit is of every sample: `[E, N, K]` to `[E, N]`."""
+        return np.stack([self.at(probabilities, exit) for exit in range(len(probabilities))])
+
+    def at(self, probabilities: Floats, exit: int) -> Floats:
+        """How sure one exit is, `[N]`, from probabilities `[E, N, K]` of exits up to it at least.
+
+        What deeper exits say is never read, so that a device can ask before it runs them.
+        """
         if self.name in SCORES:
-            return SCORES[self.name](probabilities)
-        rows = []
-        for exit, (bias, *weights) in enumerate(self.weights):
-            seen = statistics(probabilities, exit)
-            logit = seen @ np.asarray(weights, np.float32) + np.float32(bias)
-            # Half a tanh is the logistic function without an overflow.
-            rows.append(np.float32(0.5) + np.float32(0.5) * np.tanh(logit / np.float32(2)))
-        return np.stack(rows).astype(np.float32)
+            return SCORES[self.name](probabilities[exit])
+        bias, *weights = self.weights[exit]
+        logit = statistics(probabilities, exit) @ np.asarray(weights, np.float32) + np.float32(bias)
+        # Half a tanh is the logistic function without an overflow.
+        sure: Floats = np.float32(0.5) + np.float32(0.5) * np.tanh(logit / np.float32(2))
+        return sure.astype(np.float32)
+
+
+def vote(probabilities: Floats, votes: Sequence[float]) -> Floats:
+    """The exits' probabilities `[E, N, K]` averaged with weights `votes` `[E]`: `[N, K]`."""
+    weights = np.asarray(votes, np.float32)
+    averaged: Floats = np.tensordot(weights / weights.sum(), probabilities, axes=1)
+    return averaged.astype(np.float32)

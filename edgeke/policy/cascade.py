@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Outcome", "leave_at", "run_cascade", "vote"]
+from edgeke.device.scores import vote
+
+__all__ = ["Outcome", "leave_at", "run_cascade"]
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -33,13 +35,6 @@ def leave_at(scores: Floats, thresholds: Sequence[float]) -> Integers:
     """The first exit whose score exceeds its threshold, E where none does: `[E, N]` to `[N]`."""
     sure = scores > np.asarray(thresholds, np.float32)[:, None]
     return np.where(sure.any(axis=0), sure.argmax(axis=0), len(scores)).astype(np.int64)
-
-
-def vote(probabilities: Floats, votes: Sequence[float]) -> Floats:
-    """The exits' probabilities `[E, N, K]` averaged with weights `votes` `[E]`: `[N, K]`."""
-    weights = np.asarray(votes, np.float32)
-    averaged: Floats = np.tensordot(weights / weights.sum(), probabilities, axes=1)
-    return averaged.astype(np.float32)
 
 
 def run_cascade(

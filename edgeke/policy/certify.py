@@ -14,7 +14,7 @@ from edgeke.policy.intervals import share_interval
 from edgeke.policy.promises import reach_bounds, running_bounds
 from edgeke.policy.samples import Samples, check_logits
 from edgeke.policy.tuning import Tuning
-from edgeke.requirement import Requirement
+from edgeke.entries import Requirement
 
 __all__ = ["Frozen", "certify"]
 

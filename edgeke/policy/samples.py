@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeke.device.scores import vote
 from edgeke.errors import InputError
-from edgeke.policy.cascade import leave_at, vote
+from edgeke.policy.cascade import leave_at
 
 __all__ = ["OBJECTIVES", "Objective", "Result", "Samples", "check_costs", "check_logits"]
 

@@ -10,7 +10,7 @@ from edgeke.policy.candidates import Candidate, propose
 from edgeke.policy.certify import Frozen, certify
 from edgeke.policy.promises import running_bounds, upper_bound
 from edgeke.policy.tuning import tune
-from edgeke.requirement import Requirement
+from edgeke.entries import Requirement
 
 MACS, MAIN = (40, 70, 120), 100
 

@@ -1,0 +1,138 @@
+"""What is in a bundle: the one file, what it carries, and the segments beside it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from edgeke.device.errors import DeviceError
+from edgeke.device.policy import Policy, parse_policy
+
+__all__ = ["PRECISIONS", "Bundle", "Carried", "find_bundle", "read_carried", "read_segments"]
+
+# By name of the one file; what stands first is taken where nothing is asked for.
+PRECISIONS = {"int8": "edgeke.int8.onnx", "fp32": "edgeke.onnx"}
+_MANIFEST = "segments.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Where a model's files are; `segments` is None where there is no folder of them.
+
+    `precision` is None for a single file of a name of its own.
+    """
+
+    model: Path
+    precision: str | None
+    segments: Path | None
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What rides in the one file's metadata: policy, class names, image shape `(H, W, C)`."""
+
+    policy: Policy
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+
+def find_bundle(path: Path, precision: str | None = None) -> Bundle:
+    """The files of a bundle folder, or of a single `.onnx` file (which has no segments).
+
+    In a folder int8 is preferred where it is present. Errors: DeviceError when nothing is there,
+    or not the precision asked for.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise DeviceError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    if path.is_file():
+        of_name = {name: key for key, name in PRECISIONS.items()}.get(path.name)
+        if precision not in (None, of_name):
+            raise DeviceError(
+                f"{path} is one file, of precision {of_name or 'unknown'}; to choose "
+                f"{precision!r} give the folder it lies in"
+            )
+        return Bundle(path, of_name, None)
+    if not path.is_dir():
+        raise DeviceError(f"{path} is missing; give a bundle folder or its .onnx file")
+    present = [key for key, name in PRECISIONS.items() if (path / name).is_file()]
+    if not present:
+        raise DeviceError(
+            f"{path} holds no {' or '.join(PRECISIONS.values())}; copy the whole bundle, or give "
+            "the .onnx file itself"
+        )
+    if precision is not None and precision not in present:
+        raise DeviceError(
+            f"{path} holds no {PRECISIONS[precision]}, only {', '.join(present)}; copy the file or "
+            f"ask for precision={present[0]!r}"
+        )
+    chosen = precision or present[0]
+    segments = path / "segments" / chosen
+    found = (segments / _MANIFEST).is_file()
+    return Bundle(path / PRECISIONS[chosen], chosen, segments if found else None)
+
+
+def read_carried(session: onnxruntime.InferenceSession, name: str) -> Carried:
+    """What an open one-file model carries. Errors: DeviceError for a foreign or damaged file."""
+    metadata = session.get_modelmeta().custom_metadata_map
+    inputs = {tensor.name for tensor in session.get_inputs()}
+    missing = {"policy", "classes", "image_shape"} - set(metadata)
+    if missing or inputs != {"image", "thresholds", "votes"}:
+        raise DeviceError(
+            f"{name} is an ONNX model, but not one that EdgeKE composed: it lacks "
+            f"{', '.join(sorted(missing)) or 'the inputs image, thresholds and votes'}; give "
+            "edgeke.onnx or edgeke.int8.onnx"
+        )
+    try:
+        policy = parse_policy(metadata["policy"])
+    except DeviceError as error:
+        raise DeviceError(f"{name}: {error}") from error
+    classes, shape = _loaded(metadata["classes"]), _loaded(metadata["image_shape"])
+    outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
+    sound = (
+        isinstance(classes, list)
+        and isinstance(shape, list)
+        and len(shape) == 3
+        and [tensor.shape for tensor in session.get_inputs() if tensor.name == "image"]
+        == [[1, *shape]]
+        and outputs.get("probabilities") == [1, len(classes)]
+    )
+    if not sound:
+        raise DeviceError(
+            f"{name} contradicts itself: its classes or image shape are not those of its graph; "
+            "export it again"
+        )
+    height, width, channels = shape
+    return Carried(policy, tuple(map(str, classes)), (height, width, channels))
+
+
+def read_segments(folder: Path, carried: Carried) -> list[Path]:
+    """The segments' files, shallow to deep. Errors: DeviceError when they are another model's."""
+    path = folder / _MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        files = [folder / name for name in content["segments"]]
+        same = (
+            len(files) == len(carried.policy.macs)
+            and tuple(content["macs"]) == carried.policy.macs
+            and tuple(content["classes"]) == carried.classes
+            and tuple(content["image_shape"]) == carried.image_shape
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DeviceError(
+            f"{path} cannot be read ({error}); copy the whole bundle again"
+        ) from error
+    if not same:
+        raise DeviceError(
+            f"{path} describes another model than the one file beside it; copy both from the same "
+            "bundle"
+        )
+    return files
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None

@@ -1,0 +1,102 @@
+"""The cascade over segments: batches that shrink at every exit, and streams of answers."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeke.device.policy import Policy
+from edgeke.device.scores import Score, calibrated_probabilities, vote
+from edgeke.device.session import open_session
+
+__all__ = ["Answered", "Segments"]
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a batch was answered: `exit` `[N]` in 0..E (E = voted), `probabilities` `[N, K]`.
+
+    `seconds` `[N]`: from the start until each answer was there.
+    """
+
+    exit: NDArray[np.int64]
+    probabilities: Floats
+    seconds: NDArray[np.float64]
+
+
+class Segments:
+    """One open session per exit, with the policy's temperatures and score."""
+
+    def __init__(self, files: Sequence[Path], policy: Policy, threads: int) -> None:
+        self._sessions = [open_session(file, threads) for file in files]
+        self._inputs = [session.get_inputs()[0].name for session in self._sessions]
+        self._outputs = [[of.name for of in session.get_outputs()] for session in self._sessions]
+        self._temperatures = np.asarray(policy.temperatures, np.float32)[:, None]
+        self._score = Score(policy.score, policy.score_weights)
+
+    def answer(
+        self, images: NDArray[np.uint8], thresholds: Sequence[float], votes: Sequence[float]
+    ) -> Answered:
+        """Answer images uint8 `[N, H, W, C]` at the thresholds and votes `[E]` of a point.
+
+        After each exit only those that it was not sure of go on, so the batch costs the sum of
+        what its images need.
+        """
+        started = time.perf_counter()
+        exits, count = len(self._sessions), len(images)
+        found = np.full(count, exits, np.int64)
+        seconds = np.zeros(count)
+        answers = np.empty((count, 0), np.float32)
+        left: NDArray[Any] = np.arange(count)  # the places of those that go on
+        features: NDArray[Any] = images
+        seen = np.empty((0, count, 0), np.float32)
+        for exit, threshold in enumerate(thresholds):
+            if not len(left):
+                break
+            logits, features = self._run(exit, features)
+            probabilities = calibrated_probabilities(logits[None], self._temperatures[exit])
+            if exit == 0:
+                answers = np.empty((count, probabilities.shape[-1]), np.float32)
+                seen = probabilities
+            else:
+                seen = np.concatenate([seen, probabilities])
+            sure = self._score.at(seen, exit) > np.float32(threshold)
+            if sure.any():
+                leaving, on = left[sure], ~sure
+                found[leaving], answers[leaving] = exit, probabilities[0, sure]
+                seconds[leaving] = time.perf_counter() - started
+                left, seen = left[on], seen[:, on]
+                features = features[on] if len(features) else features
+        if len(left):
+            answers[left] = vote(seen, votes)
+            seconds[left] = time.perf_counter() - started
+        return Answered(found, answers, seconds)
+
+    def stream(self, image: NDArray[np.uint8]) -> Iterator[Floats]:
+        """Each exit's probabilities `[K]` for one image uint8 `[H, W, C]`, as they are ready.
+
+        The next segment runs only when the next answer is asked for.
+        """
+        features: NDArray[Any] = image[None]
+        for exit, temperature in enumerate(self._temperatures[:, 0]):
+            logits, features = self._run(exit, features)
+            # calibrated_probabilities for one row, in half as many calls: on small networks they
+            # cost as much as a layer.
+            row = logits[0] / temperature
+            row -= np.maximum.reduce(row)
+            np.exp(row, out=row)
+            row /= np.add.reduce(row)
+            yield row
+
+    def _run(self, exit: int, features: NDArray[Any]) -> tuple[Floats, NDArray[Any]]:
+        """An exit's logits `[N, K]`, and the features for the next one (none behind the last)."""
+        logits, *rest = self._sessions[exit].run(
+            self._outputs[exit], {self._inputs[exit]: features}
+        )
+        return logits, rest[0] if rest else features[:0]

@@ -1,0 +1,117 @@
+"""A device through ssh: a real server on this machine, and what goes wrong without one."""
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgeke.errors import InputError
+from edgeke.remote import run_folder, ssh_command
+
+MODULE = """
+import json, pathlib, sys
+given = pathlib.Path("given").read_text()
+pathlib.Path("out/answer.json").write_text(json.dumps([sys.argv[1], given]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "work"
+    made.mkdir()
+    (made / "job.py").write_text(MODULE)
+    (made / "given").write_text("an image")
+    return made
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an ssh server that this user's new key may enter."""
+    sshd = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
+    if sshd is None or os.geteuid() != 0:
+        pytest.skip("needs sshd (Debian: openssh-server) and root")
+    home = tmp_path / "ssh"
+    home.mkdir(mode=0o700)
+    for name in ("host", "user"):
+        key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name)]
+        subprocess.run(key, check=True)
+    shutil.copy(home / "user.pub", home / "authorized_keys")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    Path("/run/sshd").mkdir(exist_ok=True)
+    config = home / "sshd_config"
+    config.write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {home}/host\nPidFile none\n"
+        f"AuthorizedKeysFile {home}/authorized_keys\nPasswordAuthentication no\n"
+        "StrictModes no\nUsePAM no\n"
+    )
+    client = home / "client"
+    client.write_text(
+        f"#!/bin/sh\nexec {shutil.which('ssh')} -F none -i {home}/user -o IdentitiesOnly=yes "
+        f'-o StrictHostKeyChecking=no -o UserKnownHostsFile={home}/known "$@"\n'
+    )
+    client.chmod(0o755)
+    (home / "bin").mkdir()
+    (home / "bin" / "ssh").symlink_to(client)
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
+    process = subprocess.Popen(
+        [sshd, "-D", "-e", "-f", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    yield f"ssh://{getpass.getuser()}@127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+
+
+def test_a_folder_runs_on_a_device_and_comes_back(server, folder):
+    run_folder(folder, "job", ["word; touch /tmp/no"], server, sys.executable)
+    expected = '["word; touch /tmp/no", "an image"]'
+    assert (folder / "out" / "answer.json").read_text() == expected
+
+
+def test_the_devices_words_come_back_and_nothing_stays(server, folder):
+    (folder / "job.py").write_text("import os, sys; sys.exit('no memory left in ' + os.getcwd())")
+    with pytest.raises(InputError, match="process on ssh://.* failed: .*no memory left") as caught:
+        run_folder(folder, "job", [], server, sys.executable)
+    assert not Path(str(caught.value).rsplit(" ", 1)[1]).exists()
+
+
+def test_another_key_is_refused_without_asking(server, folder, tmp_path):
+    (tmp_path / "ssh" / "authorized_keys").write_text("")
+    with pytest.raises(InputError, match="(?s)failed: .*denied"):
+        run_folder(folder, "job", [], server, sys.executable)
+
+
+def test_here_it_is_a_process_of_its_own(folder):
+    run_folder(folder, "job", ["word"], "local", "unused")
+    assert (folder / "out" / "answer.json").read_text() == '["word", "an image"]'
+    with pytest.raises(InputError, match="device process failed: .*No module named missing"):
+        run_folder(folder, "missing", [], "local", "unused")
+
+
+def test_addresses():
+    assert ssh_command("ssh://pi@board:2222")[-3:] == ["-p", "2222", "pi@board"]
+    assert ssh_command("ssh://board")[-1] == "board"
+    assert "BatchMode=yes" in ssh_command("ssh://board")
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["board", "http://board", "ssh://", "ssh://pi:secret@board", "ssh://board:port",
+     "ssh://-oProxyCommand=x", "ssh://board/path"],
+)  # fmt: skip
+def test_other_addresses_are_refused(device):
+    with pytest.raises(InputError, match="use local or ssh://user@host"):
+        ssh_command(device)
