@@ -31,7 +31,7 @@ _WARM_UP = 10
 _BATCH = 250
 _BATCHES = (1, 8, 64)
 
-Call = Callable[[NDArray[np.uint8]], Any]
+_Call = Callable[[NDArray[np.uint8]], Any]
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def tier(job: dict[str, Any], number: int) -> dict[str, Any]:
     images, folder = np.load(job["images"])[: job["latency_images"]], Path(job["folder"])
     setting = job["tiers"][number]
     threads, exits_of = setting["threads"], set()
-    contenders: dict[str, Call] = {}
+    contenders: dict[str, _Call] = {}
     for precision, file in job["models"].items():
         session = open_session(folder / file, threads)
         policy = parse_policy(session.get_modelmeta().custom_metadata_map.get("policy", "{}"))
@@ -138,7 +138,7 @@ def _tier_alone(job: dict[str, Any], number: int) -> dict[str, Any]:
 def _throughput(job: dict[str, Any], images: NDArray[np.uint8]) -> dict[str, dict[str, float]]:
     """Images per second in batches, at the default point and of the static networks."""
     threads, folder = job["tiers"][0]["threads"], Path(job["folder"])
-    runs: dict[str, Call] = {}
+    runs: dict[str, _Call] = {}
     for precision in job["models"]:
         classifier = Classifier(folder, precision, threads)
         runs[f"{precision}/default"] = classifier.predict_batch
@@ -158,7 +158,7 @@ def _throughput(job: dict[str, Any], images: NDArray[np.uint8]) -> dict[str, dic
     return found
 
 
-def _energy(contenders: dict[str, Call], images: NDArray[np.uint8]) -> dict[str, float] | None:
+def _energy(contenders: dict[str, _Call], images: NDArray[np.uint8]) -> dict[str, float] | None:
     """Millijoules of the package per image; None without a counter."""
     counter = Counter()
     if not counter.available:
@@ -225,7 +225,7 @@ def _force(
 
 
 def _time(
-    contenders: dict[str, Call],
+    contenders: dict[str, _Call],
     images: NDArray[np.uint8],
     points: set[str],
 ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:

@@ -84,14 +84,7 @@ def read_profile(path: Path, conditions: Conditions) -> Profile | None:
     """
     for entry in _entries(path):
         if _same(entry, conditions):
-            try:
-                profile = Profile(
-                    tuple(entry["median_ms"]), tuple(entry["p95_ms"]), int(entry["rounds"])
-                )
-            except (KeyError, TypeError, ValueError):
-                return None
-            lengths = {len(profile.median_ms), len(profile.p95_ms)}
-            return profile if lengths == {len(conditions.macs)} else None
+            return _sound(entry, len(conditions.macs))
     return None
 
 
@@ -136,6 +129,20 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     if not isinstance(profiles, list):
         return []
     return [entry for entry in profiles if isinstance(entry, dict)]
+
+
+def _sound(entry: Mapping[str, Any], exits: int) -> Profile | None:
+    """The entry as a profile; None unless it holds increasing numbers for every exit."""
+    try:
+        median, p95 = (tuple(map(float, entry[key])) for key in ("median_ms", "p95_ms"))
+        rounds = int(entry["rounds"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    increase = all(
+        len(values) == exits and all(a < b for a, b in zip((0.0, *values), values, strict=False))
+        for values in (median, p95)
+    )
+    return Profile(median, p95, rounds) if increase else None
 
 
 def _same(entry: Mapping[str, Any], conditions: Conditions) -> bool:

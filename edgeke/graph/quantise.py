@@ -18,10 +18,10 @@ __all__ = ["quantise", "quantise_segments"]
 
 _BATCH = 50
 
-Inputs = NDArray[np.uint8] | NDArray[np.float32]
+_Inputs = NDArray[np.uint8] | NDArray[np.float32]
 
 
-def quantise(model: onnx.ModelProto, inputs: Inputs) -> onnx.ModelProto:
+def quantise(model: onnx.ModelProto, inputs: _Inputs) -> onnx.ModelProto:
     """The graph with int8 weights per channel and uint8 activations, as QDQ pairs.
 
     `inputs` `[N, ...]` are samples of its single input; the ranges of all activations come from
@@ -66,7 +66,7 @@ def quantise_segments(
     segments: Sequence[onnx.ModelProto], images: NDArray[np.uint8]
 ) -> list[onnx.ModelProto]:
     """Each segment, quantised on what those before it (fp32) make of `images` `[N, H, W, C]`."""
-    features: Inputs = images
+    features: _Inputs = images
     found = []
     for segment in segments:
         found.append(quantise(segment, features))
@@ -81,13 +81,13 @@ def quantise_segments(
 class _Reader:
     """Batches of the calibration samples, as the quantiser asks for them."""
 
-    def __init__(self, name: str, inputs: Inputs) -> None:
+    def __init__(self, name: str, inputs: _Inputs) -> None:
         self._feeds = ({name: part} for part in _batches(inputs))
 
     def get_next(self) -> dict[str, Any] | None:
         return next(self._feeds, None)
 
 
-def _batches(inputs: Inputs) -> Iterator[Inputs]:
+def _batches(inputs: _Inputs) -> Iterator[_Inputs]:
     for start in range(0, len(inputs), _BATCH):
         yield inputs[start : start + _BATCH]

@@ -1,0 +1,306 @@
+import shutil
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from toys import CLASSES, SIZE, replace
+
+from edgeke.device import classifier as module
+from edgeke.device.choice import UnmetError
+from edgeke.device.classifier import Classifier
+from edgeke.device.errors import DeviceError
+from edgeke.device.policy import force_exit
+from edgeke.device.profile import Profile
+
+COSTS = Profile((1.0, 2.0, 4.0), (1.5, 3.0, 9.0), 20)
+
+
+def with_costs(classifier: Classifier, monkeypatch, costs: Profile = COSTS) -> Classifier:
+    """The classifier on a device of known costs; `measure_costs` counts its calls."""
+    calls = []
+    monkeypatch.setattr(module, "measure_costs", lambda *a: calls.append(a) or costs)
+    classifier.calls = calls
+    return classifier
+
+
+def same(one, other) -> bool:
+    """Whether two answers agree but for rounding and time."""
+    close = np.allclose(one.probabilities, other.probabilities, atol=1e-5)
+    return close and (one.label, one.exit, one.point) == (other.label, other.exit, other.point)
+
+
+def test_a_prediction_says_what_and_from_where(classifier, images):
+    answer = classifier.predict(images[0])
+    assert answer.class_name == CLASSES[answer.label]
+    assert answer.label == answer.probabilities.argmax()
+    assert answer.probabilities.dtype == np.float32
+    assert answer.probabilities.sum() == pytest.approx(1, abs=1e-5)
+    assert answer.point == classifier.policy.point(classifier.policy.default)
+    assert 0 <= answer.exit <= 3
+    assert answer.latency_ms > 0
+    assert classifier.measured is None, "nothing asked for a latency"
+
+
+def test_grey_images_need_no_channel_axis(classifier, images):
+    assert same(classifier.predict(images[0]), classifier.predict(images[0, :, :, 0]))
+    batch = classifier.predict_batch(images[:3, :, :, 0])
+    assert all(map(same, batch, classifier.predict_batch(images[:3])))
+
+
+@pytest.mark.parametrize("score", ["max_probability", "margin", "entropy", "learned"])
+def test_a_batch_answers_as_one_by_one(bundles, images, score):
+    classifier = Classifier(bundles[score])
+    exits = set()
+    for point in [*classifier.policy.points[::5], classifier.policy.point("proportions")]:
+        classifier.policy = replace(classifier.policy, default=point.name)
+        classifier._chosen.cache_clear()
+        batch = classifier.predict_batch(images)
+        assert all(map(same, batch, map(classifier.predict, images)))
+        exits |= {answer.exit for answer in batch}
+    assert exits == {0, 1, 2, 3}
+
+
+def test_only_unsure_images_go_on(classifier, images, monkeypatch):
+    """The batch costs what its images need: segment e sees as many as reach exit e."""
+    segments, seen = classifier.open_segments(), []
+    run = segments._run
+    monkeypatch.setattr(segments, "_run", lambda e, x: seen.append((e, len(x))) or run(e, x))
+    point = classifier.policy.point("proportions")
+    found = segments.answer(images, point.thresholds, point.votes)
+    reached = [(e, int((found.exit >= e).sum())) for e in range(3)]
+    assert seen == reached
+    assert len(images) > reached[1][1] > reached[2][1] > 0
+    seen.clear()
+    segments.answer(images, force_exit(0, 3), point.votes)
+    assert seen == [(0, len(images))]
+
+
+def test_answers_in_a_batch_are_ready_in_the_order_of_exits(classifier, images):
+    batch = classifier.predict_batch(images)
+    ready = {answer.exit: answer.latency_ms for answer in batch}
+    assert sorted(ready.values()) == [ready[exit] for exit in sorted(ready)]
+
+
+def test_an_empty_batch_and_a_list(classifier, images):
+    assert classifier.predict_batch([]) == []
+    assert classifier.predict_batch(images[:0]) == []
+    listed = classifier.predict_batch([images[0], images[1, :, :, 0]])
+    assert all(map(same, listed, classifier.predict_batch(images[:2])))
+
+
+def test_the_single_file_loops_and_says_so_once(bundle, classifier, images):
+    alone = Classifier(bundle / "edgeke.onnx")
+    with pytest.warns(UserWarning, match="image by image; give the bundle folder") as caught:
+        looped = alone.predict_batch(images)
+    assert caught[0].filename == __file__
+    assert all(map(same, looped, classifier.predict_batch(images)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone.predict_batch(images[:2])
+
+
+def test_a_stream_gives_every_exits_answer(classifier, images):
+    for image in images[:5]:
+        answers = list(classifier.stream(image))
+        assert [answer.exit for answer in answers] == [0, 1, 2]
+        assert [a.latency_ms for a in answers] == sorted(a.latency_ms for a in answers)
+        for answer in answers:
+            assert answer.point is None
+            assert same(answer, classifier.forced(answer.exit)(image))
+
+
+def test_a_stream_runs_no_further_than_it_is_read(classifier, images, monkeypatch):
+    segments, ran = classifier.open_segments(), []
+    run = segments._run
+    monkeypatch.setattr(segments, "_run", lambda e, x: ran.append(e) or run(e, x))
+    stream = classifier.stream(images[0])
+    assert ran == []
+    next(stream)
+    assert ran == [0]
+    stream.close()
+    assert ran == [0]
+
+
+def test_a_stream_needs_segments(bundle, images):
+    with pytest.raises(DeviceError, match=r"a stream needs the segments.*bundle folder"):
+        Classifier(bundle / "edgeke.onnx").stream(images[0])
+    shutil.rmtree(bundle / "segments")
+    with pytest.raises(DeviceError, match="a stream needs the segments"):
+        Classifier(bundle).stream(images[0])
+
+
+def test_a_stream_refuses_bad_images_at_once(classifier):
+    with pytest.raises(DeviceError, match="not uint8"):
+        classifier.stream(np.zeros((SIZE, SIZE)))
+
+
+def test_a_latency_measures_the_device_once(classifier, images, monkeypatch):
+    with_costs(classifier, monkeypatch)
+    classifier.predict(images[0])
+    classifier.predict(images[0], max_loss=0.9)
+    assert classifier.calls == []
+    answer = classifier.predict(images[0], mean_latency_ms=1.0)
+    assert answer.point.deepest == 0
+    classifier.predict_batch(images[:2], deadline_ms=3.0)
+    assert len(classifier.calls) == 1
+    assert classifier.measured == COSTS
+    assert Classifier(classifier.bundle.model.parent).measured == COSTS
+
+
+def test_a_deadline_leaves_out_exits_whose_p95_is_late(classifier, images, monkeypatch):
+    with_costs(classifier, monkeypatch)
+    for deadline, deepest in ((1.6, 0), (3.0, 1), (9.0, 2), (100.0, 2)):
+        answer = classifier.predict(images[0], deadline_ms=deadline)
+        assert answer.point.deepest <= deepest
+        both = classifier.predict(images[0], mean_latency_ms=4.0, deadline_ms=deadline)
+        assert both.point.deepest <= deepest
+        assert both.point.promised_cost(COSTS.median_ms) <= 4.0
+
+
+def test_what_cannot_be_met_names_the_nearest(classifier, images, monkeypatch):
+    with_costs(classifier, monkeypatch)
+    with pytest.raises(UnmetError, match=r"first exit alone takes 1\.5.*deadline_ms") as caught:
+        classifier.predict(images[0], deadline_ms=1.0)
+    assert caught.value.nearest == 1.5
+    with pytest.raises(UnmetError, match=r"mean_latency_ms") as caught:
+        classifier.predict(images[0], mean_latency_ms=0.5)
+    assert classifier.predict(images[0], mean_latency_ms=caught.value.nearest)
+    with pytest.raises(UnmetError, match=r"min_accuracy 0\.999 cannot be promised") as caught:
+        classifier.predict(images[0], min_accuracy=0.999)
+    with pytest.raises(DeviceError, match=r"must be a positive number.*mean_latency_ms"):
+        classifier.predict_batch(images, mean_latency_ms=-1)
+
+
+def test_int8_is_preferred_and_fp32_can_be_asked_for(bundle):
+    shutil.copyfile(bundle / "edgeke.onnx", bundle / "edgeke.int8.onnx")
+    assert Classifier(bundle).bundle.precision == "int8"
+    assert Classifier(bundle).bundle.segments is None
+    chosen = Classifier(str(bundle), precision="fp32").bundle
+    assert (chosen.precision, chosen.model.name) == ("fp32", "edgeke.onnx")
+    assert chosen.segments == bundle / "segments" / "fp32"
+    assert Classifier(bundle / "edgeke.int8.onnx").bundle.precision == "int8"
+
+
+@pytest.mark.parametrize(
+    ("path", "precision", "words"),
+    [
+        ("none", None, "none is missing; give a bundle folder"),
+        ("segments", None, r"holds no edgeke\.int8\.onnx or edgeke\.onnx; copy the whole bundle"),
+        ("", "int8", r"holds no edgeke\.int8\.onnx, only fp32"),
+        ("", "bf16", "precision 'bf16' is unknown; use one of int8, fp32"),
+        ("edgeke.onnx", "int8", "one file, of precision fp32; to choose 'int8' give the folder"),
+        ("policy.json", None, r"policy\.json is truncated or not an ONNX model"),
+        ("segments/fp32/0.onnx", None, "not one that EdgeKE composed: it lacks classes"),
+    ],
+)
+def test_what_is_no_bundle_is_refused(bundle, path, precision, words):
+    with pytest.raises(DeviceError, match=words):
+        Classifier(bundle / path, precision)
+
+
+@pytest.mark.parametrize("threads", [-1, 1.5, True, "2"])
+def test_threads_are_checked(bundle, threads):
+    with pytest.raises(DeviceError, match="threads = .* must be 0"):
+        Classifier(bundle, threads=threads)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
+def test_a_truncated_file_is_refused(bundle, kept):
+    whole = (bundle / "edgeke.onnx").read_bytes()
+    size = kept if isinstance(kept, int) else int(kept * len(whole))
+    (bundle / "edgeke.onnx").write_bytes(whole[:size])
+    with pytest.raises(DeviceError, match=r"edgeke\.onnx is truncated or not an ONNX model"):
+        Classifier(bundle)
+
+
+def test_truncated_segments_are_refused(bundle, images):
+    segment = bundle / "segments" / "fp32" / "1.onnx"
+    segment.write_bytes(segment.read_bytes()[:-500])
+    classifier = Classifier(bundle)
+    assert classifier.predict(images[0])
+    with pytest.raises(DeviceError, match=r"1\.onnx is truncated"):
+        classifier.predict_batch(images)
+    segment.unlink()
+    with pytest.raises(DeviceError, match=r"1\.onnx is missing"):
+        Classifier(bundle).stream(images[0])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ('"down"', '"off"', "another model"),
+        ("110", "111", "another model"),
+        ('"0.onnx",', "", "another model"),
+        ('"macs"', '"mac"', "cannot be read"),
+        ("{", "", "cannot be read"),
+    ],
+)
+def test_segments_of_another_model_are_refused(bundle, images, before, after, words):
+    manifest = bundle / "segments" / "fp32" / "segments.json"
+    text = manifest.read_text()
+    assert before in text
+    manifest.write_text(text.replace(before, after, 1))
+    with pytest.raises(DeviceError, match=words):
+        Classifier(bundle).predict_batch(images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"policy": "{}"}, r"edgeke\.onnx: not an EdgeKE policy"),
+        ({"classes": "[1"}, "contradicts itself"),
+        ({"classes": '["one"]'}, "contradicts itself"),
+        ({"image_shape": "[8, 8, 3]"}, "contradicts itself"),
+    ],
+)
+def test_changed_metadata_is_refused(bundle, changes, words):
+    model = onnx.load(bundle / "edgeke.onnx")
+    carried = {prop.key: prop.value for prop in model.metadata_props}
+    helper.set_model_props(model, {**carried, **changes})
+    onnx.save(model, bundle / "edgeke.onnx")
+    with pytest.raises(DeviceError, match=words):
+        Classifier(bundle)
+
+
+def test_a_foreign_model_is_refused(tmp_path):
+    tensor = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])], "foreign", tensor[:1], tensor[1:]
+    )
+    opset = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=opset), tmp_path / "x.onnx")
+    with pytest.raises(DeviceError, match=r"x\.onnx is an ONNX model, but not one that EdgeKE"):
+        Classifier(tmp_path / "x.onnx")
+
+
+def test_threads_share_one_classifier(classifier, images, monkeypatch):
+    """Answers are those of a single thread; the device is measured, and segments opened, once."""
+    with_costs(classifier, monkeypatch)
+    expected = [classifier.predict(image) for image in images]
+    opened = []
+    read = module.read_segments
+    monkeypatch.setattr(module, "read_segments", lambda *a: opened.append(a) or read(*a))
+    together = threading.Barrier(8)
+
+    def work(number: int) -> bool:
+        together.wait(30)
+        timed = classifier.predict(images[number], mean_latency_ms=100.0)
+        batch = classifier.predict_batch(images)
+        streamed = [a.label for a in classifier.stream(images[number])]
+        right = streamed == [classifier.forced(e)(images[number]).label for e in range(3)]
+        singles = [classifier.predict(image) for image in images]
+        return (
+            right
+            and bool(timed)
+            and all(map(same, batch, expected))
+            and all(map(same, singles, expected))
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+    assert len(classifier.calls) == 1
+    assert len(opened) == 1

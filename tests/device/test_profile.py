@@ -1,0 +1,144 @@
+import json
+import os
+import stat
+
+import pytest
+from toys import replace
+
+from edgeke.device import profile as module
+from edgeke.device.classifier import Classifier
+from edgeke.device.errors import DeviceError
+from edgeke.device.profile import (
+    Conditions,
+    Profile,
+    measure_costs,
+    read_profile,
+    write_profile,
+)
+from edgeke.device.timing import summary, time_interleaved
+
+HERE = Conditions("edgeke.onnx", (10, 20), 1, "1.31.1", "a machine")
+PROFILE = Profile((1.0, 2.0), (1.5, 2.5), 20)
+
+
+def test_a_real_profile_increases_and_is_kept(bundle, images):
+    classifier = Classifier(bundle)
+    found = classifier.profile(rounds=30)
+    assert found == classifier.measured
+    for values in (found.median_ms, found.p95_ms):
+        assert 0 < values[0] < values[1] < values[2]
+    assert all(p95 >= median for median, p95 in zip(found.median_ms, found.p95_ms, strict=True))
+    assert found.rounds == 30
+    assert Classifier(bundle).measured == found
+    assert Classifier(bundle / "edgeke.onnx").measured == found, "the same file"
+    assert Classifier(bundle, threads=2).measured is None, "other threads"
+    assert classifier.predict(images[0], mean_latency_ms=1e4).point.name
+    assert [path.name for path in bundle.iterdir() if path.name.startswith(".")] == []
+
+
+def test_several_conditions_share_a_file(tmp_path):
+    path = tmp_path / "profile.json"
+    assert read_profile(path, HERE) is None
+    assert write_profile(path, HERE, PROFILE)
+    assert read_profile(path, HERE) == PROFILE
+    changes = {
+        "model": "edgeke.int8.onnx",
+        "macs": (10, 21),
+        "threads": 2,
+        "onnxruntime": "1.15.1",
+        "machine": "another",
+    }
+    for key, value in changes.items():
+        other = replace(HERE, **{key: value})
+        assert read_profile(path, other) is None, key
+        write_profile(path, other, replace(PROFILE, rounds=7))
+    assert read_profile(path, HERE) == PROFILE
+    write_profile(path, HERE, replace(PROFILE, rounds=99))
+    assert read_profile(path, HERE).rounds == 99
+    assert len(json.loads(path.read_text())["profiles"]) == 1 + len(changes)
+    assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"schema": 0, "profiles": []}', '{"schema": 1}'])
+def test_a_file_of_another_schema_counts_as_absent(tmp_path, text):
+    (tmp_path / "profile.json").write_text(text)
+    assert read_profile(tmp_path / "profile.json", HERE) is None
+
+
+def test_a_damaged_file_is_named_and_replaced(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text('{"schema": 1, "prof')
+    with pytest.warns(UserWarning, match=r"profile\.json cannot be read and is not used"):
+        assert read_profile(path, HERE) is None
+    with pytest.warns(UserWarning, match="cannot be read"):
+        write_profile(path, HERE, PROFILE)
+    assert read_profile(path, HERE) == PROFILE
+
+
+@pytest.mark.parametrize(
+    "change", [{"median_ms": [1.0]}, {"median_ms": None}, {"rounds": None}, {"p95_ms": "ab"},
+               {"median_ms": [2.0, 1.0]}, {"p95_ms": [1.5, "x"]}]
+)  # fmt: skip
+def test_a_senseless_entry_is_not_used(tmp_path, change):
+    path = tmp_path / "profile.json"
+    write_profile(path, HERE, PROFILE)
+    content = json.loads(path.read_text())
+    content["profiles"][0] |= change
+    path.write_text(json.dumps(content))
+    assert read_profile(path, HERE) is None
+
+
+def test_a_folder_that_cannot_be_written_keeps_costs_in_memory(bundle, monkeypatch):
+    def refuse(*of: object, **more: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    classifier = Classifier(bundle)
+    monkeypatch.setattr(module.tempfile, "mkstemp", refuse)
+    with pytest.warns(UserWarning, match=r"kept in memory alone.*Permission denied"):
+        found = classifier.profile(rounds=1)
+    assert classifier.measured == found
+    assert not (bundle / "profile.json").exists()
+
+
+def test_a_failed_replacement_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "profile.json"
+    write_profile(path, HERE, PROFILE)
+
+    def full(*of: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        assert not write_profile(path, HERE, replace(PROFILE, rounds=1))
+    assert read_profile(path, HERE) == PROFILE
+    assert [child.name for child in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_noise_that_turns_the_order_is_mended(monkeypatch):
+    taken = {"0": [3.0] * 20, "1": [2.0] * 20, "2": [5.0] * 20, "3": [5.0] * 20}
+    monkeypatch.setattr(module, "time_interleaved", lambda *of: taken)
+    found = measure_costs(lambda exit: None, 4, 20)
+    assert found.median_ms == pytest.approx((3.0, 3.003, 5.0, 5.005))
+    assert found.p95_ms == found.median_ms
+
+
+def test_rounds_are_checked():
+    with pytest.raises(DeviceError, match="rounds = 0 must be at least 1"):
+        measure_costs(lambda exit: None, 2, 0)
+
+
+def test_contenders_run_equally_often_and_no_longer_than_asked():
+    ran = {"a": 0, "b": 0}
+
+    def run(name: str) -> None:
+        ran[name] += 1
+
+    contenders = {name: (lambda name=name: run(name)) for name in ran}
+    taken = time_interleaved(contenders, 30, 60.0)
+    assert [len(values) for values in taken.values()] == [30, 30]
+    assert ran["a"] == ran["b"] == 35, "with five to warm up"
+    assert len(time_interleaved(contenders, 30, 0.0)["a"]) == 20
+
+
+def test_summary_by_hand():
+    assert summary([3.0, 1.0, 2.0]) == {"min": 1.0, "median": 2.0, "p95": pytest.approx(2.9)}
