@@ -52,6 +52,13 @@ def choose(
         cap = _deepest(request.deadline, worst or costs)
     delta = policy.delta if request.delta is None else request.delta
     left = [point for point in policy.points if point.deepest <= cap]
+    if not left:
+        nearest = (worst or costs)[min(point.deepest for point in policy.points)]
+        raise UnmetError(
+            f"a deadline of {request.deadline:g} cannot be met: no operating point stops that "
+            f"early; the nearest attainable is {_rounded(nearest, math.ceil)}",
+            nearest,
+        )
 
     def keep(asked: float, what: str, value: Callable[[OperatingPoint], float]) -> None:
         """Keep the points whose value is at most `asked`."""
@@ -78,7 +85,8 @@ def _deepest(deadline: float, worst: Sequence[float]) -> int:
     fitting = [exit for exit, cost in enumerate(worst) if cost <= deadline]
     if not fitting:
         raise UnmetError(
-            f"a deadline of {deadline:g} cannot be met: the first exit alone takes {worst[0]:g}; "
+            f"a deadline of {deadline:g} cannot be met: the first exit alone takes "
+            f"{_rounded(worst[0], math.ceil)}; "
             "ask for at least that",
             worst[0],
         )
@@ -104,9 +112,19 @@ def _unmet(what: str, asked: float, best: float, policy: Policy, delta: float) -
         if policy.samples < needed:
             why = f"; {policy.samples} calibration samples are too few, it takes {needed:g}"
     return UnmetError(
-        f"{what} {asked:g} cannot be promised{why}; the nearest attainable is {nearest:.4g}",
+        f"{what} {asked:g} cannot be promised{why}; the nearest attainable is "
+        f"{_rounded(nearest, math.floor if what == 'min_accuracy' else math.ceil)}",
         nearest,
     )
+
+
+def _rounded(value: float, towards: Callable[[float], int]) -> str:
+    """Four digits, rounded to the side on which they can be attained when asked for."""
+    if value <= 0:
+        return f"{value:g}"
+    scale = 10.0 ** (3 - math.floor(math.log10(value)))
+    slack = -1e-9 if towards is math.ceil else 1e-9  # 0.3 stays 0.3, whatever its last bit
+    return f"{towards(value * scale + slack) / scale:.4g}"
 
 
 def _check(request: Request, costs: Sequence[float], exits: int) -> None:

@@ -10,16 +10,19 @@ from edgeke.device.errors import DeviceError
 
 __all__ = ["check_image", "check_images"]
 
-Shape = tuple[int, int, int]
+_Shape = tuple[int, int, int]
 
 
-def check_image(image: Any, shape: Shape, name: str = "the image") -> NDArray[np.uint8]:
+def check_image(image: Any, shape: _Shape, name: str = "the image") -> NDArray[np.uint8]:
     """One image as uint8 `[H, W, C]`; `[H, W]` is taken where C is 1.
 
     Anything NumPy reads as an array will do. `name` is what errors call it.
     Errors: DeviceError for another size, type or number of channels.
     """
-    pixels = np.asarray(image)
+    try:
+        pixels = np.asarray(image)
+    except (ValueError, TypeError) as error:
+        raise DeviceError(f"{name} cannot be read as an array ({error})") from error
     if pixels.dtype != np.uint8:
         raise DeviceError(_wrong_type(pixels, name))
     if shape[2] == 1 and pixels.shape == shape[:2]:
@@ -29,14 +32,15 @@ def check_image(image: Any, shape: Shape, name: str = "the image") -> NDArray[np
     return np.ascontiguousarray(pixels)
 
 
-def check_images(images: Any, shape: Shape) -> NDArray[np.uint8]:
+def check_images(images: Any, shape: _Shape) -> NDArray[np.uint8]:
     """Images as uint8 `[N, H, W, C]`, from an array or a sequence of images.
 
     `[N, H, W]` is taken where C is 1. Errors: DeviceError naming the first image that does not fit.
     """
     if not isinstance(images, np.ndarray | Sequence):
         raise DeviceError(
-            f"images are a {type(images).__name__}; give an array [N, H, W, C] or a list of images"
+            f"images are of type {type(images).__name__}; give an array [N, H, W, C] or a list of "
+            "images"
         )
     if isinstance(images, np.ndarray) and images.shape in (shape, shape[:2]):
         raise DeviceError(
@@ -71,7 +75,7 @@ def _wrong_type(pixels: NDArray[Any], name: str) -> str:
     )
 
 
-def _wrong_shape(found: tuple[int, ...], shape: Shape, name: str) -> str:
+def _wrong_shape(found: tuple[int, ...], shape: _Shape, name: str) -> str:
     height, width, channels = shape
     start = (
         f"{name} has shape {_text(found)}, the model takes {_text(shape)} (height, width, channels)"
@@ -85,10 +89,9 @@ def _wrong_shape(found: tuple[int, ...], shape: Shape, name: str) -> str:
             f"{start}; resize it, for instance with Pillow: "
             f"PIL.ImageOps.fit(picture, ({width}, {height}))"
         )
-    if len(found) == 2:
-        return (
-            f"{start}; repeat the grey channel: numpy.repeat(image[..., None], {channels}, axis=-1)"
-        )
+    if len(found) == 2 or found[2] == 1:
+        grey = "image[..., None]" if len(found) == 2 else "image"
+        return f"{start}; repeat the grey channel: numpy.repeat({grey}, {channels}, axis=-1)"
     if found[2] == 4 and channels == 3:
         return f"{start}; drop the alpha channel: image[..., :3]"
     if channels == 1:

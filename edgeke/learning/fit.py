@@ -62,7 +62,7 @@ def fit(
             "the profile's recipes"
         )
     network.to(device)
-    if plan.training.channels_last:
+    if plan.training.channels_last and _lies_channels_last(network, device):
         network.to(memory_format=torch.channels_last)
     run = _Run(network, root or network, objective, images, plan, exits)
     saved = resume.load() if resume else None
@@ -99,6 +99,16 @@ def fit(
                 resume.save(progress, run.state())
     run.finish()
     return progress.history
+
+
+def _lies_channels_last(network: nn.Module, device: torch.device) -> bool:
+    """Whether PyTorch may be given this network channels last.
+
+    On the CPU, with several threads, channels that are no multiple of 16 and an odd batch, the
+    backward pass of torch 2.15 writes where it must not and the process dies (docs/log.md).
+    """
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    return device.type != "cpu" or all(m.out_channels % 16 == 0 for m in convolutions)
 
 
 class _Run:

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from edgeke.device.choice import Request, UnmetError, choose
 from edgeke.device.policy import Answer, OperatingPoint, Policy, Promise
+from edgeke.entries import Requirement
 from edgeke.policy.candidates import Candidate, Sequences
 from edgeke.policy.intervals import share_interval
 from edgeke.policy.promises import reach_bounds, running_bounds
 from edgeke.policy.samples import Samples, check_logits
 from edgeke.policy.tuning import Tuning
-from edgeke.entries import Requirement
 
 __all__ = ["Frozen", "certify"]
 

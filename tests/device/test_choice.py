@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from toys import replace
 
@@ -75,6 +77,13 @@ def test_a_deadline_leaves_deep_exits_out():
     assert choose(POLICY, Request(deadline=3.0), COSTS, worst).name == "fast"
 
 
+def test_a_deadline_that_no_point_was_made_for():
+    deep = replace(POLICY, points=POINTS[:2])
+    with pytest.raises(UnmetError, match=r"no operating point stops that early; .* is 4") as caught:
+        choose(deep, Request(deadline=1.5, max_loss=0.05), COSTS)
+    assert caught.value.nearest == 4
+
+
 def test_promises_under_a_deadline_are_its_own():
     assert chosen(deadline=3.0, max_loss=0.05) == "two"
     # `fast` promises 10 % among all exits and 9 % when only exit 0 is allowed; none for cap 1.
@@ -97,6 +106,19 @@ def test_the_nearest_is_named_and_returned():
     # With a loss to keep, cheaper than `middle` is out of reach.
     with pytest.raises(UnmetError, match=r"nearest attainable is 2\.2"):
         chosen(mean_cost=1.5, max_loss=0.03)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.2345678, 0.0123456, 98765.4321, 1 / 3])
+def test_the_nearest_as_it_is_written_can_be_asked_for(scale):
+    costs = [cost * scale for cost in COSTS]
+    for asked in ("mean_cost", "deadline"):
+        with pytest.raises(UnmetError) as caught:
+            choose(POLICY, Request(**{asked: 1e-9}), costs)
+        written = float(
+            re.search(r"(?:attainable is|alone takes) ([\d.e+-]*\d)", str(caught.value))[1]
+        )
+        assert written == pytest.approx(costs[0], rel=1e-3)
+        assert choose(POLICY, Request(**{asked: written}), costs).name == "fast"
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,13 @@ def test_grey_images_need_no_channel_axis(classifier, images):
     assert all(map(same, batch, classifier.predict_batch(images[:3])))
 
 
-@pytest.mark.parametrize("score", ["max_probability", "margin", "entropy", "learned"])
-def test_a_batch_answers_as_one_by_one(bundles, images, score):
-    classifier = Classifier(bundles[score])
-    exits = set()
-    for point in [*classifier.policy.points[::5], classifier.policy.point("proportions")]:
-        classifier.policy = replace(classifier.policy, default=point.name)
+@pytest.mark.parametrize("name", ["max_probability", "margin", "entropy", "learned", "int8"])
+def test_a_batch_answers_as_one_by_one(bundles, images, name):
+    classifier = Classifier(bundles[name])
+    points, exits = classifier.policy.points, set()
+    unsure = replace(points[0], name="unsure", thresholds=(2.0, 2.0, 2.0), votes=(1.0, 2.0, 3.0))
+    for point in [*points[::5], classifier.policy.point("proportions"), unsure]:
+        classifier.policy = replace(classifier.policy, points=(point,), default=point.name)
         classifier._chosen.cache_clear()
         batch = classifier.predict_batch(images)
         assert all(map(same, batch, map(classifier.predict, images)))

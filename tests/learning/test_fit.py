@@ -99,6 +99,25 @@ def test_every_augmentation_trains_reproducibly(dataset, plan, changes):
     assert not equal(first, train(dataset, plan))
 
 
+@pytest.mark.parametrize(("width", "last"), [(16, True), (4, False)])
+def test_narrow_networks_stay_channels_first_on_the_cpu(dataset, plan, width, last):
+    """Channels last, PyTorch would write where it must not: see docs/log.md."""
+    alone = Architecture.single("resnet10", width, 1, len(dataset.classes))
+    odd = with_recipe(plan, epochs=1, batch_size=25)
+    arguments = (CrossEntropy(label_smoothing=0.0), Images.of(dataset, CPU), odd)
+    trained = train_alone(
+        alone,
+        *arguments,
+        description="toy",
+        on_epoch=quiet,
+        resume=ResumeFile(f"test-narrow-{width}", plan=odd),
+    )
+    convolutions = [m for m in trained.network.modules() if isinstance(m, nn.Conv2d)]
+    # Of one input channel or one pixel, both layouts are the same.
+    weights = [m.weight for m in convolutions if m.in_channels > 1 and m.kernel_size != (1, 1)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) == last for w in weights)
+
+
 def test_bf16_trains(dataset, plan):
     fast = replace(plan, training=replace(plan.training, precision="bf16"))
     trained = train(dataset, with_recipe(fast, epochs=5))

@@ -1,0 +1,76 @@
+import collections
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from toys import SIZE, randomise
+
+from edgeke.device.session import open_session
+from edgeke.graph.quantise import quantise, quantise_segments
+from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.graph.segments import export_segments, export_static
+from edgeke.networks.architecture import Architecture
+from edgeke.networks.branchynet import BranchyNet
+
+
+@pytest.fixture(scope="module", params=["edgeke", "stages"])
+def segments(dataset, request) -> list[onnx.ModelProto]:
+    torch.manual_seed(0)
+    network = randomise(BranchyNet(Architecture.with_layout(request.param, "resnet10", 4, 1, 3)))
+    return export_segments(network, dataset.mean, dataset.std, SIZE)
+
+
+def test_int8_answers_nearly_alike_in_any_batch(segments, dataset):
+    train, shown = (channels_last(dataset[name].images) for name in ("train", "validation"))
+    quantised = [m.SerializeToString() for m in quantise_segments(segments, train)]
+    exact = segment_logits([m.SerializeToString() for m in segments], shown, 1)
+    coarse = segment_logits(quantised, shown, 1)
+    assert np.abs(coarse - exact).mean() < 0.05 * np.ptp(exact)
+    assert not np.array_equal(coarse, exact)
+    assert np.array_equal(segment_logits(quantised, shown[:1], 1), coarse[:, :1])
+
+
+def test_files_stay_standard_and_old_runtimes_can_read_them(segments, dataset):
+    images = channels_last(dataset["train"].images)
+    before = [m.SerializeToString() for m in segments]
+    for model in quantise_segments(segments, images):
+        assert model.ir_version == 8
+        assert [(s.domain, s.version) for s in model.opset_import] == [("", 18)]
+        assert {node.domain for node in model.graph.node} == {""}
+        onnx.checker.check_model(model, full_check=True)
+        weights = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+        kinds = {t.data_type for t in model.graph.initializer if t.name in weights}
+        assert onnx.TensorProto.INT8 in kinds
+        assert onnx.TensorProto.FLOAT not in kinds
+    assert [m.SerializeToString() for m in segments] == before, "the fp32 graphs must stay as given"
+
+
+def test_the_runtime_computes_every_convolution_in_int8(network, dataset, tmp_path):
+    """Also where equal biases are shared by the exporter: an untrained network's are all 0."""
+    import onnxruntime
+
+    for plain in (
+        network,
+        BranchyNet(Architecture.with_layout("edgeke", "resnet10", 4, 1, 3)).eval(),
+    ):
+        model = export_static(plain, dataset.mean, dataset.std, SIZE)
+        small = quantise(model, channels_last(dataset["train"].images))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        providers = ["CPUExecutionProvider"]
+        onnxruntime.InferenceSession(small.SerializeToString(), options, providers=providers)
+        kinds = collections.Counter(
+            n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node
+        )
+        assert kinds["Conv"] == 0
+        assert kinds["QLinearConv"] > 5
+
+
+def test_an_int8_file_is_smaller(dataset):
+    network = BranchyNet(Architecture.single("resnet10", 16, 1, 3)).eval()
+    model = export_static(network, dataset.mean, dataset.std, SIZE)
+    small = quantise(model, channels_last(dataset["train"].images))
+    assert len(small.SerializeToString()) < 0.4 * len(model.SerializeToString())
+    assert open_session(small.SerializeToString()).get_inputs()[0].name == "image"

@@ -1,0 +1,86 @@
+import subprocess
+import zipfile
+
+import pytest
+from toys import ROOT
+
+from edgeke import bundle
+from edgeke.bundle import make_bundle
+from edgeke.errors import InputError
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A models folder with everything the pipeline leaves there, in a few bytes."""
+    folder = tmp_path / "models"
+    for name in (
+        "edgeke.onnx", "edgeke.int8.onnx", "policy.json", "policy.int8.json", "profile.json",
+        "teacher.safetensors", "logits.safetensors", "static/main.onnx", "branches/0.json",
+        "segments/segments.json", "segments/fp32/segments.json", "segments/fp32/0.onnx",
+        "segments/int8/segments.json", "segments/int8/0.onnx", "segments/int8/profile.json",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_bundle_holds_what_a_device_needs_and_no_more(models, tmp_path):
+    archive = make_bundle(models, tmp_path / "out" / "bundle")
+    found = files(tmp_path / "out" / "bundle")
+    room = {name for name in found if name.startswith("edgeke/")}
+    assert found - room == {
+        "edgeke.onnx", "edgeke.int8.onnx", "policy.json", "policy.int8.json", "README.md",
+        "LICENSE", "segments/fp32/segments.json", "segments/fp32/0.onnx",
+        "segments/int8/segments.json", "segments/int8/0.onnx",
+    }  # fmt: skip
+    expected = {str(p.relative_to(ROOT)) for p in (ROOT / "edgeke" / "device").glob("*.py")}
+    assert room == {"edgeke/__init__.py", *expected}
+    assert len((tmp_path / "out" / "bundle" / "README.md").read_text().splitlines()) == 5
+    with zipfile.ZipFile(archive) as packed:
+        assert set(packed.namelist()) == {f"bundle/{name}" for name in found}
+        assert packed.read("bundle/segments/fp32/0.onnx") == b"segments/fp32/0.onnx"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"bundle", "bundle.zip"}
+
+
+def test_an_older_bundle_is_replaced_and_nothing_else(models, tmp_path):
+    make_bundle(models, tmp_path / "bundle")
+    (models / "edgeke.int8.onnx").unlink()
+    make_bundle(models, tmp_path / "bundle")
+    assert "edgeke.int8.onnx" not in files(tmp_path / "bundle")
+    before = files(models)
+    with pytest.raises(InputError, match="models is there and is no bundle"):
+        make_bundle(models, models)
+    with pytest.raises(InputError, match="is no bundle"):
+        make_bundle(models, ROOT)
+    assert files(models) == before
+
+
+def test_without_a_model_the_remedy_is_named(tmp_path, capsys):
+    (tmp_path / "models").mkdir()
+    assert bundle.main(["--models", str(tmp_path / "models"), "--out", str(tmp_path / "b")]) == 1
+    assert "holds no edgeke*.onnx; build the model first: `dvc repro`" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_failure_leaves_the_old_bundle(models, tmp_path, monkeypatch):
+    make_bundle(models, tmp_path / "bundle")
+    before = files(tmp_path)
+
+    def full(*of: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundle.zipfile.ZipFile, "write", full)
+    with pytest.raises(InputError, match="no space left"):
+        make_bundle(models, tmp_path / "bundle")
+    assert files(tmp_path) == before
+
+
+def test_the_script_packs_from_the_root(models, tmp_path):
+    command = ["scripts/bundle", "--models", str(models), "--out", str(tmp_path / "packed")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "packed.zip" in done.stdout
+    assert (tmp_path / "packed.zip").is_file()
