@@ -3,8 +3,9 @@
 Students see 200 labelled digits; the teacher, trained on all 900, supervises them. Every distance
 is tried at several betas and temperatures, over several seeds that also draw the 200 images; per
 distance the setting with the best mean validation accuracy is chosen, and only that one is read on
-test. Then the same for the orders, under KL. Prints both tables and, last, one JSON line with the
-mean test accuracy in percent per distance.
+test. Then the same for the orders, under KL, at an equal budget: the epochs of the branches that an
+order starts from and of its phases add up to three trainings of one branch. Prints both tables and,
+last, one JSON line with the mean test accuracy in percent per distance.
 """
 
 import argparse
@@ -101,6 +102,8 @@ def run(job: Job) -> tuple[Job, list[float], Architecture, bytes]:
         network = alone(2)
     else:
         order = ORDERS[job.order](student.depths)
+        left = (len(student.depths) - len(order.starts)) * plan.recipe.epochs
+        phase = replace(plan.recipe, learning_rate=0.05, epochs=left // max(1, len(order.phases)))
         network = train_branchynet(
             dataset,
             replace(student, shared=order.shared),
@@ -109,7 +112,7 @@ def run(job: Job) -> tuple[Job, list[float], Architecture, bytes]:
             supervisor,
             job.kd,
             (0.2, 0.2, 0.6),
-            replace(plan, recipe=replace(plan.recipe, learning_rate=0.05)),
+            replace(plan, recipe=phase),
             on_epoch=lambda *_: None,
         ).network
     return (

@@ -129,7 +129,7 @@ class _Tables:
             paid = np.bincount(np.minimum(taken, exits - 1), minlength=exits) / len(taken)
             # A requirement that the default answers would cover its label in the picture.
             hidden = label != "default" and point.name == policy.default
-            row = (name, "" if hidden else name, f"operating point {precision}")
+            row = (name, "" if hidden else name, "operating point")
             right = ~samples.wrong(point.thresholds)
             self._add(*row, f"{precision}/{label}", right, float(np.dot(paid, policy.macs)))
             for exit, share in enumerate(paid.tolist()):
@@ -145,11 +145,11 @@ class _Tables:
             if point.deepest == exits - 1 and point.name.startswith("accuracy"):
                 cost = samples.result(point.thresholds, policy.macs).cost
                 right = ~samples.wrong(point.thresholds)
-                self._add(f"{prefix}{point.name}", "", f"frontier {precision}", "", right, cost)
+                self._add(f"{prefix}{point.name}", "", "frontier", "", right, cost)
         for exit in range(exits):
             name = f"{prefix}exit_{exit}"
             right, macs = samples.correct[exit], policy.macs[exit]
-            self._add(name, name, f"exit {precision}", f"{precision}/exit_{exit}", right, macs)
+            self._add(name, name, "exit", f"{precision}/exit_{exit}", right, macs)
 
     def add_static(self, name: str, answers: NDArray[np.float32]) -> None:
         """One static network, by its file's name."""
@@ -178,7 +178,9 @@ class _Tables:
         low, high = share_interval(int(right.sum()), len(right))
         accuracy, share = float(right.mean()), macs / self.static_macs["main"]
         latency = self.first["latency_ms"].get(timed)
-        row: dict[str, object] = {"name": name, "label": label, "kind": kind}
+        precision = "int8" if name.startswith("int8/") else "fp32"
+        row: dict[str, object] = {"precision": precision, "name": name, "label": label}
+        row |= {"kind": kind}
         row |= {"cost_percent": 100 * share, "accuracy_percent": 100 * accuracy}
         row |= {"accuracy_low": 100 * low, "accuracy_high": 100 * high}
         self.frontier.append({**row, "latency_ms": latency["mean"] if latency else None})

@@ -18,7 +18,9 @@ def run(params: Params, log: Run) -> dict[str, float]:
     evaluation = evaluate(Path("models"), macs, dataset["test"], params.evaluate)
     headline = evaluation.headline(read_json(Path("results/calibrate/metrics.json")))
     results = Path("results/evaluate")
-    write_table(results / "frontier.csv", evaluation.frontier)
+    for precision, suffix in (("fp32", ""), ("int8", ".int8")):
+        rows = [row for row in evaluation.frontier if row["precision"] == precision]
+        write_table(results / f"frontier{suffix}.csv", rows)
     write_table(results / "exit_shares.csv", evaluation.shares)
     write_json(results / "device.json", evaluation.device)
     log.headline(headline)
