@@ -38,7 +38,8 @@ def export(
     """Write `segments/{fp32,int8}/` and `static/{teacher,main}[.int8].onnx` below `models`.
 
     Every exit and both static networks are compared with PyTorch on training images; int8 by its
-    accuracy, on images that it was not quantised on where there are enough. Returns the metrics.
+    accuracy, on images that it was not quantised on where there are enough, and two standard errors
+    beyond the tolerance are put down to chance. Returns the metrics.
     Errors: InputError, with nothing written, when one is off by more than the tolerance.
     """
     channels, _, size = preprocessing.image_shape
@@ -123,11 +124,12 @@ def _check_int8(
     coarse = _run(quantised, {name: static[f"{name}.int8"] for name in names}, shown)
     metrics = {}
     for name in exact:
-        before, after = (
-            float((of[name].argmax(-1) == shown.labels).mean()) for of in (exact, coarse)
-        )
+        was, is_now = (of[name].argmax(-1) == shown.labels for of in (exact, coarse))
+        before, after = float(was.mean()), float(is_now.mean())
         metrics[f"train/{name}/int8_accuracy_lost"] = before - after
-        if before - after > settings.int8_tolerance:
+        # Of an undertrained network many answers change, both ways: that much is chance.
+        chance = 2 * float((was != is_now).sum()) ** 0.5 / len(was)
+        if before - after > settings.int8_tolerance + chance:
             raise InputError(
                 f"{name} in int8 answers {100 * after:.1f} % of {len(shown.labels)} training "
                 f"images right and {100 * before:.1f} % in fp32: more is lost than "

@@ -36,8 +36,7 @@ def run_folder(folder: Path, module: str, arguments: list[str], device: str, pyt
         run = shlex.join([python, "-m", module, *arguments])
         _checked(f"the process on {device}", [*ssh, f"cd {quoted} && {run}"])
         packed = _checked(f"copying from {device}", [*ssh, f"tar -C {quoted}/out -cf - ."])
-        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            archive.extractall(folder / "out", filter="data")
+        _unpack(packed, folder / "out")
     finally:
         subprocess.run([*ssh, f"rm -rf {quoted}"], capture_output=True, check=False)
 
@@ -83,3 +82,17 @@ def _packed(folder: Path) -> bytes:
     with tarfile.open(fileobj=packed, mode="w") as archive:
         archive.add(folder, arcname=".")
     return packed.getvalue()
+
+
+def _unpack(packed: bytes, folder: Path) -> None:
+    """Write the plain files of an archive from a device below `folder`, and nowhere else."""
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is None:
+                continue
+            target = (folder / member.name).resolve()
+            if not target.is_relative_to(folder.resolve()):
+                raise InputError(f"the device sent a file outside its folder: {member.name!r}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content.read())

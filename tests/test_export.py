@@ -1,13 +1,18 @@
+import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from toys import CLASSES, SIZE, randomise
+from onnx import numpy_helper
+from toys import CLASSES, SIZE, randomise, replace
 
+from edgeke.data.augment import Normalise
 from edgeke.errors import InputError
 from edgeke.export import export
 from edgeke.graph.manifest import Manifest
 from edgeke.learning.checkpoints import Preprocessing
+from edgeke.learning.images import predict
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import Export
@@ -74,3 +79,28 @@ def test_an_incomplete_manifest_is_refused(tmp_path: Path):
     (tmp_path / "segments.json").write_text('{"segments": []}')
     with pytest.raises(InputError, match="incomplete"):
         Manifest.read(tmp_path)
+
+
+def test_int8_that_loses_more_than_chance_fails(
+    network, teacher, dataset, tmp_path: Path, monkeypatch
+):
+    from edgeke import export as module
+
+    def broken(model, inputs):
+        """A quantiser whose networks all answer class 0."""
+        changed = copy.deepcopy(model)
+        for tensor in changed.graph.initializer:
+            if list(tensor.dims) == [len(CLASSES)]:  # the bias of the logits
+                bias = np.array([100, 0, 0], np.float32)
+                tensor.CopyFrom(numpy_helper.from_array(bias, tensor.name))
+        return changed
+
+    monkeypatch.setattr(module, "quantise", broken)
+    normalise = Normalise(dataset.mean, dataset.std, torch.device("cpu"))
+    images = torch.from_numpy(dataset["train"].images)
+    labels = predict(network, images, normalise)[-1].argmax(-1)
+    known = replace(dataset["train"], labels=np.asarray(labels))
+    settings = replace(SETTINGS, int8_tolerance=0.01)
+    with pytest.raises(InputError, match=r"int8 answers .* export\.int8_tolerance = 0\.01 allows"):
+        export(network, teacher, Preprocessing.of(dataset), known, settings, tmp_path)
+    assert not list(tmp_path.iterdir())

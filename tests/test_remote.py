@@ -1,11 +1,13 @@
 """A device through ssh: a real server on this machine, and what goes wrong without one."""
 
 import getpass
+import io
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from edgeke.errors import InputError
-from edgeke.remote import run_folder, ssh_command
+from edgeke.remote import _unpack, run_folder, ssh_command
 
 MODULE = """
 import json, pathlib, sys
@@ -115,3 +117,16 @@ def test_addresses():
 def test_other_addresses_are_refused(device):
     with pytest.raises(InputError, match="use local or ssh://user@host"):
         ssh_command(device)
+
+
+def test_files_outside_the_folder_are_refused(tmp_path: Path):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name in ("fine/file", "../outside"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 3
+            archive.addfile(entry, io.BytesIO(b"abc"))
+    with pytest.raises(InputError, match=r"outside its folder: '\.\./outside'"):
+        _unpack(packed.getvalue(), tmp_path / "out")
+    assert (tmp_path / "out" / "fine" / "file").read_bytes() == b"abc"
+    assert not (tmp_path / "outside").exists()

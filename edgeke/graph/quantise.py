@@ -24,6 +24,8 @@ _Inputs = NDArray[np.uint8] | NDArray[np.float32]
 def quantise(model: onnx.ModelProto, inputs: _Inputs) -> onnx.ModelProto:
     """The graph with int8 weights per channel and uint8 activations, as QDQ pairs.
 
+    Linear layers stay in single precision.
+
     `inputs` `[N, ...]` are samples of its single input; the ranges of all activations come from
     them, so they must be training images. Weights use 7 bits (`reduce_range`): without VNNI a CPU's
     8-bit products overflow 16 bits. Only standard operators appear; runtimes fuse them on loading.
@@ -49,6 +51,7 @@ def quantise(model: onnx.ModelProto, inputs: _Inputs) -> onnx.ModelProto:
                 reduce_range=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
+                nodes_to_exclude=_linear(onnx.load(prepared)),
             )
         finally:
             root.setLevel(level)
@@ -76,6 +79,11 @@ def quantise_segments(
         if len(parts[0]) > 1:
             features = np.concatenate([features for _, features in parts])
     return found
+
+
+def _linear(model: onnx.ModelProto) -> list[str]:
+    """The linear layers: in int8 an exit's logits would take 256 values and scores would tie."""
+    return [node.name for node in model.graph.node if node.op_type == "Gemm"]
 
 
 class _Reader:

@@ -25,7 +25,7 @@ BACKBONES: dict[str, tuple[int, int, int, int]] = {
 }
 
 LAYOUTS = ("edgeke", "stages")
-KINDS = ("branch", "attention", "linear")
+KINDS = ("branch", "attention", "separable", "linear")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class ExitSpec:
 
     `branch`: its own copy of the backbone's next block, pooling and two linear layers (the paper's
     early exits). `attention`: spatial attention and separable convolutions down to the last
-    stage's width, pooling and a linear layer (Zhang et al. 2021). `linear`: pooling and a linear
-    layer. `main`: the backbone's own classifier.
+    stage's width, pooling and a linear layer (Zhang et al. 2021). `separable`: the same with fewer
+    convolutions and no attention, cheaper. `linear`: pooling and a linear layer. `main`: the
+    backbone's own classifier.
     """
 
     attach: str

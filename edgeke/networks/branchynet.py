@@ -5,10 +5,12 @@ from torch import Tensor, nn
 
 from edgeke.errors import InputError
 from edgeke.networks.architecture import Architecture, ExitSpec, block_names
-from edgeke.networks.heads import attention_body, branch_head, main_head
+from edgeke.networks.heads import attention_body, branch_head, main_head, separable_body
 from edgeke.networks.resnet import block_channels, make_block
 
 __all__ = ["BranchyNet", "Exit"]
+
+_BODIES = {"attention": attention_body, "separable": separable_body}
 
 
 class Exit(nn.Module):
@@ -97,8 +99,8 @@ def _make_exit(architecture: Architecture, spec: ExitSpec, own: tuple[str, ...])
         copied = names[names.index(spec.attach) + 1]
         body.append(make_block(architecture, copied))
         return Exit(body, branch_head(block_channels(architecture, copied), classes))
-    if spec.kind == "attention":
+    if spec.kind in _BODIES:
         last = block_channels(architecture, names[-1])
-        body.extend(attention_body(channels, last))
+        body.extend(_BODIES[spec.kind](channels, last))
         return Exit(body, main_head(last, classes))
     return Exit(body, main_head(channels, classes))

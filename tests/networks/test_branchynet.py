@@ -106,7 +106,7 @@ def test_activation_bytes_by_hand():
     assert exit_costs(network, 8)[0].activation_bytes == 4 * (3 * 256 + 4 + 4 + 3)
 
 
-@pytest.mark.parametrize("kind", ["branch", "attention", "linear"])
+@pytest.mark.parametrize("kind", ["branch", "attention", "separable", "linear"])
 @torch.no_grad()
 def test_every_kind_of_exit_answers_wherever_it_is_attached(images, kind):
     for attach in ("stem", "layer1.0", "layer2.0", "layer3.0"):
