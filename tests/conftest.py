@@ -1,5 +1,12 @@
 """Fixtures: a toy dataset, a short recipe, the paper's layout on the smallest backbone."""
 
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,3 +77,47 @@ def architecture() -> Architecture:
 def network(architecture: Architecture) -> BranchyNet:
     """Random weights and batch-norm statistics, in evaluation mode."""
     return randomise(BranchyNet(architecture))
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an ssh server that this user's new key may enter."""
+    sshd = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
+    if sshd is None or os.geteuid() != 0:
+        pytest.skip("needs sshd (Debian: openssh-server) and root")
+    home = tmp_path / "ssh"
+    home.mkdir(mode=0o700)
+    for name in ("host", "user"):
+        key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name)]
+        subprocess.run(key, check=True)
+    shutil.copy(home / "user.pub", home / "authorized_keys")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    Path("/run/sshd").mkdir(exist_ok=True)
+    config = home / "sshd_config"
+    config.write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {home}/host\nPidFile none\n"
+        f"AuthorizedKeysFile {home}/authorized_keys\nPasswordAuthentication no\n"
+        "StrictModes no\nUsePAM no\n"
+    )
+    client = home / "client"
+    client.write_text(
+        f"#!/bin/sh\nexec {shutil.which('ssh')} -F none -i {home}/user -o IdentitiesOnly=yes "
+        f'-o StrictHostKeyChecking=no -o UserKnownHostsFile={home}/known "$@"\n'
+    )
+    client.chmod(0o755)
+    (home / "bin").mkdir()
+    (home / "bin" / "ssh").symlink_to(client)
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
+    process = subprocess.Popen(
+        [sshd, "-D", "-e", "-f", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    yield f"ssh://{getpass.getuser()}@127.0.0.1:{port}"
+    process.terminate()
+    process.wait()

@@ -163,6 +163,15 @@ def test_a_quota_that_is_not_permitted_is_said_and_skipped(built, dataset, monke
     assert found.metrics["test/full/latency_ms_mean"] > 0
 
 
+def test_a_device_behind_ssh_measures_the_same_accuracy(built, evaluation, dataset, server):
+    there = replace(SETTINGS, device=server, python=sys.executable)
+    found = evaluate(built[0], STATIC_MACS, dataset["test"], there)
+    assert found.device["device"] == server
+    same = [key for key in evaluation.metrics if key.endswith(("accuracy", "loss", "share_0"))]
+    assert {key: found.metrics[key] for key in same} == {k: evaluation.metrics[k] for k in same}
+    assert found.metrics["test/int8/full/latency_ms_mean"] > 0
+
+
 def test_kept_compares_each_requirement_with_its_own_number(built):
     policy = built[1]["fp32"][0]
     asked = (
