@@ -28,7 +28,8 @@ def put(content: dict, key: str, value: object) -> dict:
 
 
 def test_the_projects_own_parameters_are_valid_for_every_profile(content):
-    assert set(content["profiles"]) == {"digits", "tiny", "cifar100", "cifar10", "image_folder"}
+    known = {"digits", "tiny", "cifar100", "cifar100_small", "cifar10", "image_folder"}
+    assert set(content["profiles"]) == known
     for name in content["profiles"]:
         parsed = params.parse({**content, "profile": name})
         assert parsed.profile_name == name
