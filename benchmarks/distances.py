@@ -103,7 +103,9 @@ def run(job: Job) -> tuple[Job, list[float], Architecture, bytes]:
     else:
         order = ORDERS[job.order](student.depths)
         left = (len(student.depths) - len(order.starts)) * plan.recipe.epochs
-        phase = replace(plan.recipe, learning_rate=0.05, epochs=left // max(1, len(order.phases)))
+        phase = replace(
+            plan.recipe, learning_rate=0.05, epochs=max(1, left // max(1, len(order.phases)))
+        )
         network = train_branchynet(
             dataset,
             replace(student, shared=order.shared),
