@@ -8,8 +8,7 @@ does not depend on what was learnt.
 
 import argparse
 import json
-import random
-import time
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from edgeke.device.policy import force_exit
 from edgeke.device.scores import Score
 from edgeke.device.session import open_session
+from edgeke.device.timing import time_interleaved
 
 
 def build(width: int) -> tuple[bytes, bytes]:
@@ -65,22 +65,6 @@ def contenders(
     return named
 
 
-def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds per round and contender, interleaved after a warm-up."""
-    for call in calls.values():
-        for _ in range(5):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls.items()), random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)  # whoever runs behind a large network finds the caches cold
-        for name, call in order:
-            started = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - started) * 1e3)
-    return times
-
-
 def main() -> None:
     """Print the table, then one JSON line with the ratios of the minima."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     options = parser.parse_args()
     files = (options.model, options.static) if options.model else build(options.width)
-    times = measure(contenders(*files, options.threads), options.rounds)
+    times = time_interleaved(contenders(*files, options.threads), options.rounds, math.inf)
     best = {name: min(values) for name, values in times.items()}
     print(f"{'contender':<12} {'min ms':>8} {'median':>8} {'p95':>8} {'static / it':>12}")
     for name, values in times.items():

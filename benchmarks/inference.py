@@ -12,6 +12,7 @@ without them their rows are left out. Prints tables, the aims and, last, one JSO
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -29,11 +30,11 @@ from onnx import compose, helper, parser
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
-from benchmarks.early_exit import measure
 from edgeke.device.classifier import Classifier
 from edgeke.device.policy import OperatingPoint, Policy, force_exit, parse_policy
 from edgeke.device.scores import Score
 from edgeke.device.session import open_session
+from edgeke.device.timing import time_interleaved
 from edgeke.graph.compose import compose_cascade
 from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.segments import export_segments, export_static
@@ -529,8 +530,8 @@ def main() -> None:
     bench = prepare(options.width, options.model)
     results = {}
     for threads in options.threads:
-        times = measure(contenders(bench, threads, without), options.rounds)
-        times |= measure(around_the_graph(bench, threads), options.rounds)
+        times = time_interleaved(contenders(bench, threads, without), options.rounds, math.inf)
+        times |= time_interleaved(around_the_graph(bench, threads), options.rounds, math.inf)
         medians = summarise(bench, times, lambda values: float(np.median(values)))
         results[threads] = {**summarise(bench, times), "by_medians": medians}
         report(times, results[threads], threads)

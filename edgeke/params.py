@@ -12,6 +12,7 @@ from edgeke.entries import Requirement, Tier
 from edgeke.errors import InputError
 from edgeke.learning.orders import ORDERS
 from edgeke.networks.architecture import Architecture, ExitSpec
+from edgeke.remote import ssh_command
 from edgeke.schema import build, check_keys, require
 
 __all__ = [
@@ -135,8 +136,8 @@ class Evaluate:
     tiers: tuple[Tier, ...]
 
     def __post_init__(self) -> None:
-        known = self.device == "local" or self.device.startswith("ssh://")
-        require(known, "device", "use local or ssh://user@host")
+        if self.device != "local":
+            ssh_command(self.device)  # refuses what is no address, before anything is trained
         require(bool(self.python), "python", "name the device's interpreter, such as python3")
         require(self.latency_images >= 1, "latency_images", "use at least 1")
         deadline = self.deadline_ms

@@ -15,7 +15,7 @@ STAGES = {
 }  # fmt: skip
 ROOMS = {
     # params checks lengths against layouts and orders, whose modules have no torch.
-    "params": {"errors", "learning", "networks", "entries", "schema"},
+    "params": {"errors", "learning", "networks", "entries", "remote", "schema"},
     "entries": {"schema"},
     "schema": {"errors"},
     "tracking": {"errors", "files", "params"},

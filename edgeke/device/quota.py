@@ -9,7 +9,9 @@ from edgeke.device.errors import DeviceError
 
 __all__ = ["cpu_quota"]
 
-_PERIOD = 5000  # microseconds: short, so that a quota slows a call down and does not stop and go
+# Microseconds. Short periods slow a call down rather than stop and go; less quota Linux refuses.
+_PERIOD = 5000
+_LEAST = 1000
 _ROOT = Path("/sys/fs/cgroup")
 
 
@@ -29,11 +31,12 @@ def cpu_quota(share: float | None, root: Path = _ROOT) -> Iterator[None]:
     try:
         group.mkdir()
         try:
-            quota = max(1000, round(share * _PERIOD))
+            period = max(_PERIOD, round(_LEAST / share))
+            quota = round(share * period)
             if second:
-                (group / "cpu.max").write_text(f"{quota} {_PERIOD}")
+                (group / "cpu.max").write_text(f"{quota} {period}")
             else:
-                (group / "cpu.cfs_period_us").write_text(str(_PERIOD))
+                (group / "cpu.cfs_period_us").write_text(str(period))
                 (group / "cpu.cfs_quota_us").write_text(str(quota))
             (group / "cgroup.procs").write_text(str(os.getpid()))
         except OSError:

@@ -39,7 +39,7 @@ def attention_body(channels: int, outputs: int) -> nn.Sequential:
 def separable_body(channels: int, outputs: int) -> nn.Sequential:
     """Per halving one depthwise 3x3 and one pointwise convolution, and no attention.
 
-    Shapes as `attention_body`, at half its time in int8 (docs/results.md).
+    Shapes as `attention_body`; cheaper (docs/results.md).
     """
     layers: list[nn.Module] = []
     while channels < outputs:

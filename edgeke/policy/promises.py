@@ -4,7 +4,6 @@ Assumption of all of it: the samples and the device's images are exchangeable. T
 holds with probability at least 1 - delta over the draw of the samples.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,19 +16,8 @@ __all__ = [
     "certified_prefix",
     "reach_bounds",
     "running_bounds",
-    "samples_needed",
     "upper_bound",
 ]
-
-
-def samples_needed(epsilon: float, delta: float) -> int:
-    """The least number of samples that can certify a rate of at most `epsilon`: none of them bad.
-
-    230 for 1 % at delta 0.1. Errors: InputError when either lies outside (0, 1).
-    """
-    _check_probability("epsilon", epsilon)
-    _check_probability("delta", delta)
-    return math.ceil(math.log(delta) / math.log1p(-epsilon))
 
 
 def certified_prefix(bad: NDArray[np.bool_], epsilon: float, delta: float) -> int:

@@ -38,6 +38,14 @@ def test_what_is_written(tmp_path: Path, second):
     assert (above / "cgroup.procs").read_text() == str(os.getpid())
 
 
+def test_a_small_quota_keeps_its_share(tmp_path: Path):
+    """Linux takes no quota below a millisecond: the period grows instead."""
+    (tmp_path / "cgroup.controllers").touch()
+    with cpu_quota(0.1, tmp_path):
+        written = (tmp_path / f"edgeke-{os.getpid()}" / "cpu.max").read_text()
+    assert written == "1000 10000"
+
+
 def test_a_quota_holds_the_process_to_its_share():
     try:
         with cpu_quota(0.25):

@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from edgeke.device.choice import samples_needed
+from edgeke.device.errors import DeviceError
 from edgeke.errors import InputError
 from edgeke.policy.promises import (
     certified_prefix,
     reach_bounds,
     running_bounds,
-    samples_needed,
     upper_bound,
 )
 
@@ -62,8 +63,6 @@ def test_reach_bounds_share_delta_over_what_is_unknown():
 @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, float("nan")])
 def test_epsilon_and_delta_lie_between_0_and_1(value):
     for call in (
-        lambda: samples_needed(value, 0.1),
-        lambda: samples_needed(0.1, value),
         lambda: certified_prefix(bad([0], 9), value, 0.1),
         lambda: certified_prefix(bad([0], 9), 0.1, value),
         lambda: upper_bound(0, 9, value),
@@ -71,3 +70,6 @@ def test_epsilon_and_delta_lie_between_0_and_1(value):
     ):
         with pytest.raises(InputError, match="must lie between 0 and 1"):
             call()
+    for arguments in ((value, 0.1), (0.1, value)):
+        with pytest.raises(DeviceError, match="must lie between 0 and 1"):
+            samples_needed(*arguments)
