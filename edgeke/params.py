@@ -149,10 +149,11 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Tracking:
-    """Whether runs are logged to MLflow, and under which experiment."""
+    """Whether runs are logged, where in MLflow, and what happens when it is away at start."""
 
     enabled: bool
     experiment: str
+    on_failure: Literal["fail", "warn"]
 
     def __post_init__(self) -> None:
         require(bool(self.experiment.strip()), "experiment", "name the MLflow experiment")

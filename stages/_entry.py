@@ -6,14 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from edgeke import params, tracking
+from edgeke import params
 from edgeke.device.errors import DeviceError
 from edgeke.errors import InputError
 from edgeke.files import write_json
+from edgeke.tracking.runs import Run, stage_run
 
 __all__ = ["entry"]
 
-Body = Callable[[params.Params, tracking.Run], dict[str, float]]
+Body = Callable[[params.Params, Run], dict[str, float]]
 
 
 def entry(slot: str, body: Body) -> int:
@@ -24,7 +25,7 @@ def entry(slot: str, body: Body) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: KILLED
     try:
         loaded = params.load()
-        with tracking.stage_run(slot, loaded) as run:
+        with stage_run(slot, loaded) as run:
             metrics = body(loaded, run)
             write_json(Path("results") / slot / "metrics.json", metrics)
             run.metrics(metrics)

@@ -10,7 +10,7 @@ from edgeke.data.dataset import load_dataset
 from edgeke.files import write_bytes, write_json, write_table
 from edgeke.graph.manifest import Manifest
 from edgeke.params import Params
-from edgeke.tracking import Run
+from edgeke.tracking.runs import Run
 from stages._entry import entry
 
 

@@ -12,7 +12,7 @@ from edgeke.files import write_table
 from edgeke.learning.build import student_architecture
 from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
 from edgeke.params import Params, Plan
-from edgeke.tracking import Run
+from edgeke.tracking.runs import Run
 from stages._entry import entry
 
 

@@ -7,7 +7,7 @@ from edgeke.data.dataset import save_dataset
 from edgeke.data.sources import read_source
 from edgeke.download import download
 from edgeke.params import Params
-from edgeke.tracking import Run
+from edgeke.tracking.runs import Run
 from stages._entry import entry
 
 

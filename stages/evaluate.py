@@ -7,7 +7,7 @@ from edgeke.data.dataset import load_dataset
 from edgeke.evaluate import evaluate
 from edgeke.files import read_json, write_json, write_table
 from edgeke.params import Params
-from edgeke.tracking import Run
+from edgeke.tracking.runs import Run
 from stages._entry import entry
 
 
@@ -24,6 +24,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
     write_table(results / "exit_shares.csv", evaluation.shares)
     write_json(results / "device.json", evaluation.device)
     log.headline(headline)
+    log.model(Path("models"))
     return evaluation.metrics
 
 

@@ -9,7 +9,7 @@ from edgeke.data.dataset import load_dataset
 from edgeke.export import export
 from edgeke.learning.checkpoints import load_checkpoint
 from edgeke.params import Params
-from edgeke.tracking import Run
+from edgeke.tracking.runs import Run
 from stages._entry import entry
 
 

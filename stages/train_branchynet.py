@@ -11,7 +11,7 @@ from edgeke.learning.build import student_architecture
 from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
 from edgeke.learning.orders import ORDERS
 from edgeke.params import Params, Plan
-from edgeke.tracking import Run
+from edgeke.tracking.runs import Run
 from edgeke.train_branchynet import exit_metrics, train_branchynet
 from stages._entry import entry
 

@@ -7,7 +7,7 @@ from edgeke.data.dataset import load_dataset
 from edgeke.files import write_table
 from edgeke.learning.checkpoints import Preprocessing, save_checkpoint
 from edgeke.params import Params, Plan
-from edgeke.tracking import Run
+from edgeke.tracking.runs import Run
 from edgeke.train_teacher import train_teacher
 from stages._entry import entry
 

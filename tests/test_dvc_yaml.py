@@ -11,7 +11,7 @@ from toys import ROOT
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = {name: stage.get("do", stage) for name, stage in PIPELINE["stages"].items()}
 # Values come through `params:`, reports go to MLflow: neither changes an artefact.
-IGNORED = frozenset({"edgeke.params", "edgeke.tracking", "stages._entry", "stages"})
+IGNORED = frozenset({"edgeke.params", "stages._entry", "stages", *modules("edgeke.tracking")})
 # `python -m edgeke.device.measure` runs as a process of its own.
 STARTED = {"evaluate": {"edgeke.device.measure"}}
 

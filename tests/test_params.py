@@ -10,7 +10,7 @@ from toys import ROOT
 
 from edgeke import params
 from edgeke.errors import InputError
-from edgeke.tracking import flatten
+from edgeke.tracking.state import flatten
 
 
 @pytest.fixture

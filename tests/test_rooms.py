@@ -18,7 +18,7 @@ ROOMS = {
     "params": {"errors", "learning", "networks", "entries", "remote", "schema"},
     "entries": {"schema"},
     "schema": {"errors"},
-    "tracking": {"errors", "files", "params"},
+    "tracking": {"errors", "files", "params", "device"},
     "files": {"errors"},
     "errors": set(),
     "bundle": {"errors", "files"},

@@ -8,9 +8,11 @@ import pytest
 import yaml
 from toys import ROOT, replace
 
-from edgeke import params, tracking
+from edgeke import params
 from edgeke.errors import InputError
 from edgeke.files import read_json, write_json
+from edgeke.tracking import state, store as stores
+from edgeke.tracking.runs import stage_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow")
 
@@ -47,7 +49,7 @@ def loaded(request) -> params.Params:
 def client():
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking.store_uri(tracking.project_root()))
+    return MlflowClient(stores.store_uri(stores.project_root()))
 
 
 def runs(loaded: params.Params) -> list:
@@ -58,7 +60,7 @@ def runs(loaded: params.Params) -> list:
 def test_one_parent_and_one_child_per_stage(here, loaded, monkeypatch):
     for stage in ("download", "distill/0"):
         monkeypatch.setenv("DVC_STAGE", stage.replace("/", "@"))
-        with tracking.stage_run(stage, loaded) as run:
+        with stage_run(stage, loaded) as run:
             for epoch in (1, 2):
                 run.epoch(epoch, {"train/loss": 1 / epoch})
             run.metrics({"validation/accuracy": 0.5})
@@ -66,7 +68,7 @@ def test_one_parent_and_one_child_per_stage(here, loaded, monkeypatch):
     parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
     children = [r for r in found if "mlflow.parentRunId" in r.data.tags]
     assert len(parents) == 1
-    assert parents[0].data.params == {k: str(v) for k, v in tracking.flatten(loaded).items()}
+    assert parents[0].data.params == {k: str(v) for k, v in state.flatten(loaded).items()}
     assert parents[0].info.run_name == "digits-kl-asynchronous-b0.5"
     assert {c.info.run_name for c in children} == {"download", "distill@0"}
     assert {c.data.tags["DVC_STAGE"] for c in children} == {"download", "distill@0"}
@@ -79,7 +81,7 @@ def test_one_parent_and_one_child_per_stage(here, loaded, monkeypatch):
 
 
 def test_class_names_that_mlflow_refuses_are_still_logged(here, loaded):
-    with tracking.stage_run("download", loaded) as run:
+    with stage_run("download", loaded) as run:
         run.metrics({"train/images_of/nuts & bolts (M3)": 4})
     child = next(r for r in runs(loaded) if "mlflow.parentRunId" in r.data.tags)
     assert child.data.metrics == {"train/images_of/nuts -u26- bolts -u28-M3-u29-": 4}
@@ -88,17 +90,17 @@ def test_class_names_that_mlflow_refuses_are_still_logged(here, loaded):
 def test_another_parameter_is_another_parent(here, loaded):
     other = replace(loaded, kd=replace(loaded.kd, beta=0.3))
     for one in (loaded, other, loaded):
-        with tracking.stage_run("download", one):
+        with stage_run("download", one):
             pass
     parents = [r for r in runs(loaded) if "mlflow.parentRunId" not in r.data.tags]
     assert sorted(p.data.params["kd.beta"] for p in parents) == ["0.3", "0.5"]
 
 
 def test_the_experiments_name_is_part_of_the_state(here, loaded, monkeypatch):
-    before = tracking.pipeline_state(loaded)
+    before = state.state(loaded)
     monkeypatch.setenv("DVC_EXP_NAME", "brave-otter")
-    assert tracking.pipeline_state(loaded) != before
-    with tracking.stage_run("download", loaded):
+    assert state.state(loaded) != before
+    with stage_run("download", loaded):
         pass
     parent = next(r for r in runs(loaded) if "mlflow.parentRunId" not in r.data.tags)
     assert parent.info.run_name.endswith("-brave-otter")
@@ -110,9 +112,9 @@ def test_listed_code_is_part_of_the_state(here, loaded):
     code = here / "edgeke" / "fit.py"
     code.write_text("lr = 1")
     (here / "dvc.yaml").write_text("stages: {a: {cmd: x, deps: [edgeke/fit.py, data]}}")
-    before = tracking.pipeline_state(loaded)
+    before = state.state(loaded)
     code.write_text("lr = 2")
-    assert tracking.pipeline_state(loaded) != before
+    assert state.state(loaded) != before
 
 
 def test_the_headline_lands_on_the_parent_and_restored_stages_are_linked(here, loaded):
@@ -120,9 +122,9 @@ def test_the_headline_lands_on_the_parent_and_restored_stages_are_linked(here, l
         here / "results" / "distill" / "1" / "run.json",
         {"run_id": "abc", "parent_run_id": "elsewhere"},
     )
-    with tracking.stage_run("download", loaded):
+    with stage_run("download", loaded):
         pass
-    with tracking.stage_run("evaluate", loaded) as run:
+    with stage_run("evaluate", loaded) as run:
         run.headline({"test/default/accuracy": 0.75})
     parent = next(r for r in runs(loaded) if "mlflow.parentRunId" not in r.data.tags)
     assert parent.data.metrics == {"test/default/accuracy": 0.75}
@@ -135,7 +137,7 @@ def test_the_headline_lands_on_the_parent_and_restored_stages_are_linked(here, l
 )
 def test_a_stage_that_ends_early_is_marked(here, loaded, error, status):
     def fail() -> None:
-        with tracking.stage_run("download", loaded):
+        with stage_run("download", loaded):
             raise error
 
     with pytest.raises(type(error)):
@@ -146,7 +148,7 @@ def test_a_stage_that_ends_early_is_marked(here, loaded, error, status):
 
 def test_tracking_off_does_nothing(here, loaded):
     off = replace(loaded, tracking=replace(loaded.tracking, enabled=False))
-    with tracking.stage_run("download", off) as run:
+    with stage_run("download", off) as run:
         run.epoch(1, {"train/loss": 1.0})
         run.metrics({})
         run.headline({})
@@ -161,7 +163,7 @@ def test_an_unusable_store_says_what_to_do(here, loaded, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://nowhere")
 
     def start() -> None:
-        with tracking.stage_run("download", loaded):
+        with stage_run("download", loaded):
             pass
 
     with pytest.raises(InputError, match=r"gopher://nowhere does not answer.*tracking\.enabled"):
@@ -175,7 +177,7 @@ def test_a_corrupt_store_is_told_in_one_line(tmp_path, loaded, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
 
     def start() -> None:
-        with tracking.stage_run("download", loaded):
+        with stage_run("download", loaded):
             pass
 
     with pytest.raises(InputError, match="does not answer") as caught:
@@ -185,7 +187,7 @@ def test_a_corrupt_store_is_told_in_one_line(tmp_path, loaded, monkeypatch):
 
 def test_an_experiment_deleted_in_the_ui_comes_back(here, loaded):
     for _ in range(2):
-        with tracking.stage_run("download", loaded):
+        with stage_run("download", loaded):
             pass
         found = client().get_experiment_by_name(loaded.tracking.experiment)
         assert found.lifecycle_stage == "active"
@@ -200,7 +202,7 @@ def test_a_store_that_dies_costs_no_training(here, loaded, capsys, monkeypatch):
 
             return fail
 
-    with tracking.stage_run("download", loaded) as run:
+    with stage_run("download", loaded) as run:
         monkeypatch.setattr(run, "client", Dead())
         for epoch in (1, 2, 3):
             run.epoch(epoch, {"train/loss": 1.0})
@@ -211,9 +213,9 @@ def test_processes_that_start_together_share_one_parent_on_a_fresh_store(tmp_pat
     """Two writers on a fresh SQLite file would collide in its migration."""
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     code = (
-        "from edgeke import params, tracking\n"
+        "x"
         "import sys\n"
-        "with tracking.stage_run(sys.argv[1], params.load()) as run: run.metrics({'m': 1.0})"
+        "with stage_run(sys.argv[1], params.load()) as run: run.metrics({'m': 1.0})"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_"))}
     started = [

@@ -1,0 +1,106 @@
+"""The one-file model in MLflow: logged once per content, registered, and what was asked of it."""
+
+import hashlib
+import shutil
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import edgeke
+from edgeke.device.bundle import PRECISIONS
+from edgeke.device.classifier import Classifier
+from edgeke.params import Params
+from edgeke.tracking.outbox import Address
+from edgeke.tracking.store import locked, project_root
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["MODEL", "log_model", "model_name"]
+
+MODEL = "edgeke.model"  # tag of a parent run: `<registered model>/<version>`
+_CONTENT = "edgeke.sha256"  # tag of a version
+_REQUIREMENTS = ("min_accuracy", "max_loss", "mean_latency_ms", "deadline_ms")
+
+
+def model_name(params: Params) -> str:
+    """The registered model of an experiment and profile: versions of one can replace each other."""
+    return f"{params.tracking.experiment}-{params.profile_name}"
+
+
+def log_model(address: Address, models: Path, params: Params) -> str:
+    """Log and register the one file (int8 where there is one); returns `<name>/<version>`.
+
+    A file that is registered already is not stored again. The parent's tag `edgeke.model` names it.
+    Errors: whatever MLflow raises.
+    """
+    from mlflow import MlflowClient
+
+    file = next(models / of for of in PRECISIONS.values() if (models / of).is_file())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    client, name = MlflowClient(address.uri), model_name(params)
+    assert address.parent is not None
+    with locked(project_root()):
+        found = client.search_model_versions(f"name = '{name}' and tags.`{_CONTENT}` = '{digest}'")
+        number = found[0].version if found else _register(address, file, name)
+        if not found:
+            client.set_model_version_tag(name, number, _CONTENT, digest)
+    client.set_tag(address.parent, MODEL, f"{name}/{number}")
+    return f"{name}/{number}"
+
+
+def _register(address: Address, file: Path, name: str) -> str:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    import mlflow
+
+    shape = Classifier(file).image_shape
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype(np.uint8), (-1, *shape))]),
+        Schema(
+            [
+                ColSpec("long", "label"),
+                ColSpec("string", "class_name"),
+                ColSpec("double", "confidence"),
+                ColSpec("long", "exit"),
+            ]
+        ),
+        ParamSchema([ParamSpec(of, "double", float("nan")) for of in _REQUIREMENTS]),
+    )
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(address.uri)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logged = mlflow.models.Model.log(
+                artifact_path=None,
+                name="edgeke",
+                flavor=mlflow.pyfunc,
+                run_id=address.parent,
+                registered_model_name=name,
+                python_model=str(Path(__file__).with_name("served.py")),
+                artifacts={"onnx": str(file)},
+                code_paths=[str(_device_room(Path(folder)))],
+                pip_requirements=[
+                    f"{of}=={version(of)}" for of in ("mlflow", "numpy", "onnxruntime")
+                ],
+                signature=signature,
+                input_example=np.zeros((1, *shape), np.uint8),
+            )
+    finally:
+        mlflow.set_tracking_uri(before)
+    return str(logged.registered_model_version)
+
+
+def _device_room(folder: Path) -> Path:
+    """A package `edgeke` with nothing but what runs on a device."""
+    source, target = Path(edgeke.__file__).parent, folder / "edgeke"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(source / "device", target / "device", ignore=ignored)
+    shutil.copy(source / "__init__.py", target)
+    return target
