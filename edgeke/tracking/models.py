@@ -1,6 +1,7 @@
 """The one-file model in MLflow: logged once per content, registered, and what was asked of it."""
 
 import hashlib
+import os
 import shutil
 import tempfile
 import warnings
@@ -20,9 +21,10 @@ from edgeke.tracking.store import locked, project_root
 if TYPE_CHECKING:
     pass
 
-__all__ = ["MODEL", "log_model", "model_name"]
+__all__ = ["MODEL", "PRECISION", "log_model", "model_name"]
 
 MODEL = "edgeke.model"  # tag of a parent run: `<registered model>/<version>`
+PRECISION = "edgeke.precision"  # tag of a version: int8 or fp32
 _CONTENT = "edgeke.sha256"  # tag of a version
 _REQUIREMENTS = ("min_accuracy", "max_loss", "mean_latency_ms", "deadline_ms")
 
@@ -40,7 +42,8 @@ def log_model(address: Address, models: Path, params: Params) -> str:
     """
     from mlflow import MlflowClient
 
-    file = next(models / of for of in PRECISIONS.values() if (models / of).is_file())
+    there = [of for of, name in PRECISIONS.items() if (models / name).is_file()]
+    file = models / PRECISIONS[there[0]]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     client, name = MlflowClient(address.uri), model_name(params)
     assert address.parent is not None
@@ -49,11 +52,13 @@ def log_model(address: Address, models: Path, params: Params) -> str:
         number = found[0].version if found else _register(address, file, name)
         if not found:
             client.set_model_version_tag(name, number, _CONTENT, digest)
+            client.set_model_version_tag(name, number, PRECISION, there[0])
     client.set_tag(address.parent, MODEL, f"{name}/{number}")
     return f"{name}/{number}"
 
 
 def _register(address: Address, file: Path, name: str) -> str:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
@@ -70,30 +75,27 @@ def _register(address: Address, file: Path, name: str) -> str:
                 ColSpec("long", "exit"),
             ]
         ),
-        ParamSchema([ParamSpec(of, "double", float("nan")) for of in _REQUIREMENTS]),
+        ParamSchema([ParamSpec(of, "double", None) for of in _REQUIREMENTS]),
     )
-    before = mlflow.get_tracking_uri()
+    # The one place that needs MLflow's global state: logging a model knows no client.
     mlflow.set_tracking_uri(address.uri)
-    try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logged = mlflow.models.Model.log(
-                artifact_path=None,
-                name="edgeke",
-                flavor=mlflow.pyfunc,
-                run_id=address.parent,
-                registered_model_name=name,
-                python_model=str(Path(__file__).with_name("served.py")),
-                artifacts={"onnx": str(file)},
-                code_paths=[str(_device_room(Path(folder)))],
-                pip_requirements=[
-                    f"{of}=={version(of)}" for of in ("mlflow", "numpy", "onnxruntime")
-                ],
-                signature=signature,
-                input_example=np.zeros((1, *shape), np.uint8),
-            )
-    finally:
-        mlflow.set_tracking_uri(before)
+    run = mlflow.MlflowClient(address.uri).get_run(str(address.parent))
+    mlflow.set_experiment(experiment_id=run.info.experiment_id)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # advice about type hints
+        logged = mlflow.models.Model.log(
+            artifact_path=None,
+            name="edgeke",
+            flavor=mlflow.pyfunc,
+            run_id=address.parent,
+            registered_model_name=name,
+            python_model=str(Path(__file__).with_name("served.py")),
+            artifacts={"onnx": str(file)},
+            code_paths=[str(_device_room(Path(folder)))],
+            pip_requirements=[f"{of}=={version(of)}" for of in ("mlflow", "numpy", "onnxruntime")],
+            signature=signature,
+            input_example=np.zeros((1, *shape), np.uint8),
+        )
     return str(logged.registered_model_version)
 
 

@@ -159,6 +159,7 @@ def create_runs(root: Path, client: "MlflowClient", address: Address) -> None:
     wanted = address.wanted
     with locked(root):
         experiment = open_experiment(client, wanted["experiment"], root)
+        end_dead_runs(client, experiment)
         found = client.search_runs(
             [experiment], f"tags.`{state.STATE}` = '{wanted['state']}'", max_results=1
         )
@@ -223,10 +224,9 @@ def _open(slot: str, params: Params, root: Path) -> Outbox:
     except InputError as error:
         if params.tracking.on_failure == "fail":
             raise
-        print(f"warning: {error}", file=sys.stderr)
+        print(f"warning: {error}. The stage goes on, its run is kept for later", file=sys.stderr)
         return Outbox(None, address, root, create)
     resend(client, address.uri, root, create)
-    end_dead_runs(client, open_experiment(client, params.tracking.experiment, root))
     return Outbox(client, address, root, create)
 
 

@@ -1,4 +1,4 @@
-"""The model as MLflow serves it; MLflow runs this file itself ("models from code"), no pickle.
+"""The model as MLflow serves it; MLflow runs this file itself ("models from code"), so no object is stored.
 
 It stands beside the artifact `onnx` and a copy of the device room, and needs neither torch nor DVC.
 """
@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
-from numpy.typing import NDArray
 
 from edgeke.device.classifier import Classifier
+from edgeke.device.errors import DeviceError
 
 __all__ = ["Served"]
 
@@ -23,15 +24,18 @@ class Served(PythonModel):
         """Open the one-file model."""
         self.classifier = Classifier(context.artifacts["onnx"])
 
-    def predict(
-        self, context: Any, model_input: NDArray[np.uint8], params: dict[str, Any] | None = None
-    ) -> pd.DataFrame:
+    # `model_input` has no type: MLflow would read one as a promise of another kind of signature.
+    def predict(self, context, model_input, params=None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
         """One row per image of uint8 `[N, H, W, C]`: label, class, confidence and exit.
 
-        `params` are the requirements that `Classifier.predict` takes; one of NaN is not asked for.
+        `params` are the requirements that `Classifier.predict` takes, null where nothing is asked.
+        Errors: MlflowException (400) for requirements that cannot be met, and for wrong images.
         """
-        asked = {key: value for key, value in (params or {}).items() if not np.isnan(value)}
-        answers = [self.classifier.predict(image, **asked) for image in np.asarray(model_input)]
+        asked = {key: value for key, value in (params or {}).items() if value is not None}
+        try:
+            answers = [self.classifier.predict(image, **asked) for image in np.asarray(model_input)]
+        except DeviceError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
         return pd.DataFrame(
             {
                 "label": [answer.label for answer in answers],

@@ -22,8 +22,9 @@ _DVC = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 
 
 def content(params: Params) -> str:
-    """A hash of the parameters, the code that dvc.yaml lists and the user's own images."""
-    digest = hashlib.sha256(json.dumps(flatten(params), sort_keys=True).encode())
+    """A hash of what results depend on: parameters, the code in dvc.yaml, the user's own images."""
+    known = {k: v for k, v in flatten(params).items() if not k.startswith("tracking.")}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     if params.profile.data.source == "image_folder":
         for file in sorted(Path(params.data.path).rglob("*")):
             facts = file.stat()

@@ -91,7 +91,8 @@ def refusal(root: Path, error: Exception) -> InputError:
     """What to do about a store that does not do what it is asked to, in one line."""
     return InputError(
         f"the tracking store {_hidden(store_uri(root))} does not answer ({reason(error)}); "
-        f"{_remedy(str(error))}, or run with -S tracking.enabled=false"
+        f"{_remedy(str(error))}, or run with -S tracking.on_failure=warn (sent later) or "
+        "-S tracking.enabled=false (not at all)"
     )
 
 

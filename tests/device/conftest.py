@@ -1,25 +1,18 @@
 """Bundles of a toy network, one per score, built as the pipeline builds them."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from toys import CLASSES, SIZE, randomise
+from bundles import build
+from toys import SIZE, randomise
 
-from edgeke.calibrate import Answers, compose, freeze
 from edgeke.device.classifier import Classifier
-from edgeke.graph.manifest import Manifest
 from edgeke.graph.quantise import quantise_segments
-from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.graph.runner import channels_last
 from edgeke.graph.segments import export_segments
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.params import Calibrate
-from edgeke.policy.certify import certify
-
-MACS, MAIN = (60, 80, 110), 90
 
 
 @pytest.fixture(scope="session")
@@ -34,30 +27,9 @@ def bundles(architecture, dataset, tmp_path_factory) -> dict[str, Path]:
     coarse = quantise_segments(segments, channels_last(dataset["train"].images))
     folders = {}
     for score in ("max_probability", "margin", "entropy", "learned"):
-        folders[score] = _build(root / score, segments, score, "", dataset)
-    folders["int8"] = _build(root / "int8", coarse, "margin", ".int8", dataset)
+        folders[score] = build(root / score, segments, score, "", dataset)
+    folders["int8"] = build(root / "int8", coarse, "margin", ".int8", dataset)
     return folders
-
-
-def _build(folder, segments, score, suffix, dataset) -> Path:
-    place = folder / "segments" / (suffix[1:] or "fp32")
-    place.mkdir(parents=True)
-    files = [place / f"{number}.onnx" for number in range(len(segments))]
-    for model, file in zip(segments, files, strict=True):
-        onnx.save(model, file)
-    names = tuple(file.name for file in files)
-    Manifest(names, MACS, MAIN, CLASSES, (SIZE, SIZE, 1)).write(place)
-    seen, held = (
-        Answers(segment_logits(files, channels_last(dataset[name].images), 1), dataset[name].labels)
-        for name in ("validation", "calibration")
-    )
-    settings = Calibrate(score, (0.5, 0.5, 0.9), 0.05, 0.1, ())
-    frozen, _ = freeze(seen, MACS, MAIN, settings)
-    policy = certify(frozen, held.logits, held.labels, 0.1, ())
-    model = compose(files, policy, CLASSES, (SIZE, SIZE, 1))
-    (folder / f"edgeke{suffix}.onnx").write_bytes(model)
-    (folder / f"policy{suffix}.json").write_text(json.dumps(policy.to_json()))
-    return folder
 
 
 @pytest.fixture

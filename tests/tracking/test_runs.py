@@ -1,5 +1,8 @@
-import copy
 import os
+import platform
+import shutil
+import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -11,39 +14,11 @@ from toys import ROOT, replace
 from edgeke import params
 from edgeke.errors import InputError
 from edgeke.files import read_json, write_json
-from edgeke.tracking import state, store as stores
+from edgeke.tracking import state
+from edgeke.tracking import store as stores
 from edgeke.tracking.runs import stage_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    """A repository whose store is initialised once: creating it takes seconds."""
-    root = tmp_path_factory.mktemp("repository")
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    from mlflow import MlflowClient
-
-    (root / "mlflow").mkdir()
-    MlflowClient(f"sqlite:///{root / 'mlflow' / 'mlflow.db'}").search_experiments()
-    return root
-
-
-@pytest.fixture
-def here(store: Path, tmp_path: Path, monkeypatch) -> Path:
-    """An own working folder (as DVC gives queued runs) on the shared store."""
-    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_STAGE", "DVC_EXP_BASELINE_REV"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DVC_ROOT", str(store))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def loaded(request) -> params.Params:
-    content = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
-    content["tracking"]["experiment"] = request.node.name  # every test its own
-    return params.parse(content)
 
 
 def client():
@@ -55,6 +30,11 @@ def client():
 def runs(loaded: params.Params) -> list:
     experiment = client().get_experiment_by_name(loaded.tracking.experiment)
     return client().search_runs([experiment.experiment_id])
+
+
+def metrics_of(loaded: params.Params, slot: str) -> dict[str, float]:
+    (found,) = [run for run in runs(loaded) if run.data.tags.get(state.SLOT) == slot]
+    return found.data.metrics
 
 
 def test_one_parent_and_one_child_per_stage(here, loaded, monkeypatch):
@@ -194,27 +174,86 @@ def test_an_experiment_deleted_in_the_ui_comes_back(here, loaded):
         client().delete_experiment(found.experiment_id)
 
 
-def test_a_store_that_dies_costs_no_training(here, loaded, capsys, monkeypatch):
-    class Dead:
-        def __getattr__(self, name: str):
-            def fail(*args: object, **kwargs: object) -> None:
-                raise ConnectionError("connection refused")
+def test_a_store_of_another_mlflow_says_which_way_to_go(tmp_path, store, loaded, monkeypatch):
+    (tmp_path / "mlflow").mkdir()
+    file = tmp_path / "mlflow" / "mlflow.db"
+    shutil.copy(store / "mlflow" / "mlflow.db", file)
+    with sqlite3.connect(file) as newer:
+        newer.execute("update alembic_version set version_num = 'ffffffffffff'")
+    newer.close()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    with pytest.raises(InputError, match=r"mlflow db upgrade.*install.*newer") as caught:
+        stage_run("download", loaded).__enter__()
+    assert "\n" not in str(caught.value)
 
-            return fail
 
-    with stage_run("download", loaded) as run:
-        monkeypatch.setattr(run, "client", Dead())
-        for epoch in (1, 2, 3):
-            run.epoch(epoch, {"train/loss": 1.0})
-    assert capsys.readouterr().err.count("the tracking store stopped answering") == 1
+def test_training_stages_carry_the_machines_load(here, loaded):
+    with stage_run("train_teacher", loaded):
+        pass
+    with stage_run("export", loaded):
+        pass
+    teacher, export = (metrics_of(loaded, slot) for slot in ("train_teacher", "export"))
+    assert 0 <= teacher["system/cpu_utilization_percentage"] <= 100
+    assert teacher["system/system_memory_usage_megabytes"] > 0
+    assert export == {}
+
+
+def test_a_run_says_whose_it_is(here, loaded):
+    with stage_run("download", loaded):
+        pass
+    for run in runs(loaded):
+        assert run.data.tags["edgeke.machine"].startswith(platform.node())
+        assert run.data.tags["edgeke.content"] == state.content(loaded)
+        assert run.data.tags["edgeke.process"].split()[1] == str(os.getpid())
+
+
+CRASH = """
+import os, signal, sys
+from edgeke import params
+from edgeke.tracking.runs import stage_run
+with stage_run("distill/0", params.load()) as run:
+    run.epoch(1, {"train/loss": 1.0})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_killed_by_force_is_marked_by_the_next_which_goes_on_from_it(here, loaded):
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content["tracking"]["experiment"] = loaded.tracking.experiment
+    (here / "params.yaml").write_text(yaml.safe_dump(content))
+    died = subprocess.run(
+        [sys.executable, "-c", CRASH], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert died.returncode == -signal.SIGKILL
+    assert {run.info.status for run in runs(loaded)} == {"RUNNING"}
+    with stage_run("distill/0", loaded) as run:
+        mine = run.outbox.address.child
+    found = {r.info.run_id: r for r in runs(loaded) if "mlflow.parentRunId" in r.data.tags}
+    (dead,) = [r for r in found.values() if r.info.run_id != mine]
+    assert dead.info.status == "KILLED"
+    assert dead.data.tags["edgeke.killed"] == "its process was gone"
+    assert dead.data.metrics == {"train/loss": 1.0}
+    assert found[mine].data.tags["edgeke.resumes"] == dead.info.run_id
+    assert found[mine].info.status == "FINISHED"
+    parents = [r for r in runs(loaded) if "mlflow.parentRunId" not in r.data.tags]
+    assert [p.info.status for p in parents] == ["FINISHED"]
+
+
+def test_a_stage_that_finished_is_not_resumed(here, loaded):
+    for _ in range(2):
+        with stage_run("distill/0", loaded):
+            pass
+    assert not any("edgeke.resumes" in run.data.tags for run in runs(loaded))
 
 
 def test_processes_that_start_together_share_one_parent_on_a_fresh_store(tmp_path: Path):
     """Two writers on a fresh SQLite file would collide in its migration."""
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     code = (
-        "x"
         "import sys\n"
+        "from edgeke import params\n"
+        "from edgeke.tracking.runs import stage_run\n"
         "with stage_run(sys.argv[1], params.load()) as run: run.metrics({'m': 1.0})"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_"))}
