@@ -2,7 +2,7 @@
 VENV := .venv/bin
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 
-.PHONY: help setup run test check show plots picture ui bundle
+.PHONY: help setup run test check show compare plots picture ui bundle promote resend test-all
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,12 +17,19 @@ test: setup ## checks and the whole test suite
 	scripts/check
 	scripts/test
 
+test-all: setup ## the same, with the slow tests
+	scripts/check
+	scripts/test -m 'slow or not slow'
+
 check: setup ## format, lint, types, dvc.lock
 	scripts/check
 
 show: setup ## experiments in the terminal: what was changed and the headline metrics
 	dvc exp show --no-pager --drop '.*' \
 	  --keep '(Experiment|Created|profile$$|kd\.|branchynet\.|test/(full|exit_0|teacher)/accuracy$$)'
+
+compare: setup ## runs in MLflow ranked by validation, seeds averaged; .edgeke/compare.html: pictures
+	python -m edgeke.compare
 
 plots: setup ## dvc_plots/index.html: curves, accuracy against cost, exit shares, reliability
 	dvc plots show
@@ -35,3 +42,9 @@ ui: setup ## open MLflow on the project's store (http://127.0.0.1:5000)
 
 bundle: setup ## bundle/ and bundle.zip: the built model with all it needs on a device
 	@scripts/bundle
+
+promote: setup ## alias a certified model: make promote RUN=name-or-id [ALIAS=challenger]
+	python -m edgeke.promote $(RUN) --alias $(or $(ALIAS),champion)
+
+resend: setup ## send MLflow what stages kept while it was away; mark dead runs as killed
+	python -m edgeke.tracking

@@ -12,19 +12,26 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from bundles import build
 from PIL import Image
-from toys import ROOT
+from toys import ROOT, SIZE, randomise
 
-from edgeke.campaign.pieces import LIMIT, read_network, read_pieces, write_pieces
+from edgeke.campaign.pieces import LIMIT, read_network, read_pieces, write_network, write_pieces
+from edgeke.campaign.published import STEP, THRESHOLDS, compare_with_published
 from edgeke.campaign.record import Record
 from edgeke.campaign.settings import PREPARED, Settings, campaign_content, prepare
 from edgeke.campaign.steps import Costs, asked_epochs, make_steps, schedule
 from edgeke.campaign.strips import build_dataset, cut_splits, read_strips
 from edgeke.campaign.summary import model_card
+from edgeke.data.augment import Normalise
 from edgeke.data.dataset import load_dataset, save_dataset
+from edgeke.device.classifier import Classifier
 from edgeke.download import download
 from edgeke.errors import InputError
-from edgeke.learning.checkpoints import load_checkpoint
+from edgeke.graph.segments import export_segments
+from edgeke.learning.checkpoints import Preprocessing, load_checkpoint
+from edgeke.learning.images import predict
+from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import Source
 from edgeke.policy.votes import fit_votes
 
@@ -341,6 +348,29 @@ def test_bad_arguments_are_answered_in_one_line(tmp_path: Path, capsys, argument
     assert len(error.splitlines()) == 1
 
 
+def test_the_paper_s_layout_is_run_as_published(architecture, dataset, tmp_path: Path):
+    """One image at a time in eager mode: the answers are those of its logits and thresholds."""
+    network = randomise(BranchyNet(architecture))
+    preprocessing = Preprocessing.of(dataset)
+    write_network(network, tmp_path / STEP, preprocessing=preprocessing, described={})
+    carried, _, _ = read_network(tmp_path / STEP)  # half precision on the way
+    segments = export_segments(network, dataset.mean, dataset.std, SIZE)
+    bundle = build(tmp_path, segments, "max_probability", "", dataset)
+    model, policy = bundle / "edgeke.onnx", Classifier(bundle).policy
+    found = compare_with_published(tmp_path / STEP, dataset["test"], model, policy.named["default"])
+
+    images = torch.from_numpy(dataset["test"].images)
+    normalise = Normalise(dataset.mean, dataset.std, torch.device("cpu"))
+    probabilities = predict(carried, images, normalise).softmax(-1).numpy()
+    sure = probabilities.max(-1) > np.array(THRESHOLDS)[:, None]
+    sure[-1] = True
+    exits = sure.argmax(0)
+    labels = probabilities.argmax(-1)[exits, np.arange(len(exits))]
+    assert found["accuracy"] == (labels == dataset["test"].labels).mean()
+    assert found["exit_shares"] == [float((exits == e).mean()) for e in range(3)]
+    assert found["speedup"] == found["latency_ms_mean"] / found["own_latency_ms_mean"] > 0
+
+
 @pytest.mark.pipeline
 def test_results_come_home_through_the_pipeline(
     out: Path, data: Path, params_file: Path, tmp_path: Path
@@ -364,4 +394,8 @@ def test_results_come_home_through_the_pipeline(
     assert (summary["width"], summary["limit"]) == (4, 300)
     assert not (tmp_path / "models").exists()  # a rehearsal's weights are nobody's pretrained ones
     assert summary["teacher"] is not None
+    assert (summary["published_layout"] is None) == (STEP not in steps)
+    for promise in summary["promises"].values():
+        assert set(promise) >= {"promised", "kept"}
+    assert set(summary["within_one_point"]) >= {"speedup_over_fastest_static_int8"}
     assert "| exit 3 |" in model_card(summary)

@@ -14,9 +14,12 @@ from typing import Any
 import yaml
 
 from edgeke.campaign.pieces import read_network
+from edgeke.campaign.published import STEP, compare_with_published
 from edgeke.campaign.settings import commit, read_content
 from edgeke.campaign.strips import build_dataset, cut_splits, read_strips
-from edgeke.campaign.summary import model_card, summarise
+from edgeke.campaign.summary import compared_point, model_card, summarise
+from edgeke.data.dataset import load_dataset
+from edgeke.device.policy import parse_policy
 from edgeke.errors import InputError
 from edgeke.files import read_json, write_json, write_table, write_text
 from edgeke.learning.checkpoints import save_checkpoint
@@ -30,7 +33,8 @@ _TRAINED = (
     ("main", "models/branches/3", "distill/3", "distill@3"),
     ("branchynet", "models/branchynet", "train_branchynet", "train_branchynet"),
 )
-_LATER = ("export", "calibrate", "evaluate")  # sections that are today's, not the campaign's
+_LATER = ("export", "calibrate", "evaluate")
+_TODAYS = (*_LATER, "tracking")  # sections that are today's, not the campaign's
 
 
 def bring_home(campaign: Path, root: Path, data: Path, params: Path, out: Path) -> Path:
@@ -68,7 +72,8 @@ def bring_home(campaign: Path, root: Path, data: Path, params: Path, out: Path) 
             stage: read_json(clone / "results" / stage / "metrics.json") for stage in _LATER
         }
         device = read_json(clone / "results" / "evaluate" / "device.json")
-        summary = summarise(results, measured, device) | {
+        published = _published(clone, campaign, results, measured)
+        summary = summarise(results, measured, device, published) | {
             "date": datetime.now(UTC).date().isoformat(),
             "commit_of_evaluation": (commit(root) or "").removesuffix("+") or None,
         }
@@ -83,11 +88,29 @@ def bring_home(campaign: Path, root: Path, data: Path, params: Path, out: Path) 
         return target
 
 
+def _published(
+    clone: Path,
+    campaign: Path,
+    results: Mapping[str, Any],
+    measured: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any] | None:
+    """The paper's layout as published against our point as accurate as it; None if untrained."""
+    if STEP not in results["steps"] or not (campaign / "weights" / f"{STEP}.json").exists():
+        return None
+    test = load_dataset(clone / "data" / "dataset.safetensors", ("test",))["test"]
+    policy = parse_policy((clone / "models" / "policy.int8.json").read_text())
+    bar = results["steps"][STEP]["calibration_accuracy"]
+    name = (compared_point(measured, bar) or "default").removeprefix("int8/")
+    model = clone / "models" / "edgeke.int8.onnx"
+    point = policy.named[name]
+    return compare_with_published(campaign / "weights" / STEP, test, model, point)
+
+
 def _parameters(results: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, Any]:
     """The campaign's params.yaml, with the epochs that were run and what is asked of the device."""
     content: dict[str, Any] = json.loads(json.dumps(results["params"]))
     proportions = content["calibrate"]["proportions"]
-    content |= {section: today[section] for section in _LATER}
+    content |= {section: today[section] for section in _TODAYS}
     content["calibrate"] |= {
         "proportions": proportions,
         "requirements": _requirements(results),

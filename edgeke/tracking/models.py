@@ -81,8 +81,7 @@ def _register(address: Address, file: Path, name: str) -> str:
     mlflow.set_tracking_uri(address.uri)
     run = mlflow.MlflowClient(address.uri).get_run(str(address.parent))
     mlflow.set_experiment(experiment_id=run.info.experiment_id)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # advice about type hints
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True):
         logged = mlflow.models.Model.log(
             artifact_path=None,
             name="edgeke",

@@ -31,7 +31,8 @@ __all__ = ["Address", "Create", "Message", "Outbox", "resend"]
 
 Message = Mapping[str, Any]
 
-_RETRY_SECONDS = 30.0  # between attempts while a stage runs
+_RETRY_SECONDS = 30.0  # between attempts while a stage runs,
+_RETRY_FACTOR = 20.0  # or this many times what the last one took: one that hangs takes a minute
 _BATCH = 1000  # metrics, MLflow's limit for one call
 
 
@@ -70,24 +71,26 @@ class Outbox:
         self.path = _outbox(root) / f"{address.child or uuid.uuid4().hex}.jsonl"
         self.kept = 0
         self.lost = 0
-        self._tried = time.monotonic()
+        self._tried, self._took = time.monotonic(), 0.0
         self._lock = threading.Lock()
 
     def post(self, message: Message) -> None:
         """Send a message, or keep it while the store is away."""
         with self._lock:
             if self.client is not None and not self.kept:
+                began = time.monotonic()
                 try:
                     _deliver(self.client, self.address, message)
                     return
                 except Exception as error:  # MLflow passes on whatever its store raises
-                    self._tried = time.monotonic()
+                    self._failed(began)
                     _warn(
                         f"the tracking store stopped answering ({reason(error)}); the stage goes "
                         f"on, its messages are kept in {self.path} and sent when the store is back"
                     )
             self._keep(message)
-            if self.client is not None and time.monotonic() - self._tried > _RETRY_SECONDS:
+            wait = max(_RETRY_SECONDS, _RETRY_FACTOR * self._took)
+            if self.client is not None and time.monotonic() - self._tried > wait:
                 self._flush()
 
     def close(self) -> None:
@@ -119,13 +122,18 @@ class Outbox:
                 _warn(f"{self.path} cannot be written ({reason(error)})")
             self.lost += 1
 
-    def _flush(self) -> None:
+    def _failed(self, began: float) -> None:
         self._tried = time.monotonic()
+        self._took = self._tried - began
+
+    def _flush(self) -> None:
+        began = time.monotonic()
         assert self.client is not None
         try:
             _send_file(self.client, self.root, self.path, self.create)
             self.kept = 0
         except Exception:  # still away
+            self._failed(began)
             self.kept = max(1, len(self.path.read_text().splitlines()) - 1)
 
 

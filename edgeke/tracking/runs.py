@@ -165,8 +165,9 @@ def create_runs(root: Path, client: "MlflowClient", address: Address) -> None:
         )
         if found:
             parent = str(found[0].info.run_id)
-            client.update_run(parent, status="RUNNING")
+            # In this order: running without a living process, another machine's stage would end it.
             client.set_tag(parent, processes.PROCESS, address.process)
+            client.update_run(parent, status="RUNNING")
         else:
             tags = {**wanted["tags"], state.STATE: wanted["state"]}
             del tags["DVC_STAGE"]

@@ -1,4 +1,4 @@
-"""The model as MLflow serves it; MLflow runs this file itself ("models from code"), so no object is stored.
+"""The model as MLflow serves it; it runs this file ("models from code"), no object is stored.
 
 It stands beside the artifact `onnx` and a copy of the device room, and needs neither torch nor DVC.
 """

@@ -84,7 +84,14 @@ def open_experiment(client: "MlflowClient", name: str, root: Path) -> str:
         return str(found.experiment_id)
     local = not os.environ.get("MLFLOW_TRACKING_URI")
     location = (folder(root) / "artifacts").as_uri() if local else None
-    return str(client.create_experiment(name, artifact_location=location))
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except Exception:
+        # Another machine may just have made it: our lock ends at this repository.
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
 
 
 def refusal(root: Path, error: Exception) -> InputError:
