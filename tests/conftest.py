@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pipelines import STAGES, clone_tree, ran, run
 from toys import CLASSES, SIZE, make_split, randomise
 
 from edgeke.data.dataset import Dataset, channel_statistics, save_dataset
@@ -77,6 +78,15 @@ def architecture() -> Architecture:
 def network(architecture: Architecture) -> BranchyNet:
     """Random weights and batch-norm statistics, in evaluation mode."""
     return randomise(BranchyNet(architecture))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone that has run profile `tiny` once, as experiment `first`. Work in copies of it."""
+    root = clone_tree(tmp_path_factory.mktemp("tiny") / "edgeke")
+    output = run(root, "dvc", "exp", "run", "--name", "first", "-S", "profile=tiny")
+    assert ran(output) == STAGES
+    return root
 
 
 @pytest.fixture

@@ -2,90 +2,21 @@
 
 import fcntl
 import json
-import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from pipelines import STAGES, children, metrics, parents, ran, run
 from toys import ROOT
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.filterwarnings("ignore:::mlflow")]
 
-STAGES = [
-    "download", "train_teacher", "distill@0", "distill@1", "distill@2", "train_branchynet",
-    "export", "calibrate", "evaluate",
-]  # fmt: skip
-ENVIRONMENT = {
-    **{k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))},
-    "GIT_AUTHOR_NAME": "test",
-    "GIT_AUTHOR_EMAIL": "test@example.org",
-    "GIT_COMMITTER_NAME": "test",
-    "GIT_COMMITTER_EMAIL": "test@example.org",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
-
-
-def run(root: Path, *command: str, check: bool = True) -> str:
-    done = subprocess.run(
-        command,
-        cwd=root,
-        env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 or not check, done.stdout[-6000:]
-    return done.stdout
-
-
-def ran(output: str) -> list[str]:
-    """The stages that DVC ran, in order."""
-    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-
-
-def metrics(root: Path, stage: str) -> dict[str, float]:
-    return json.loads((root / "results" / stage / "metrics.json").read_text())
-
-
-def parents(root: Path) -> list:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{root / 'mlflow' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("edgeke")
-    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
-    return [r for r in found if "mlflow.parentRunId" not in r.data.tags]
-
-
-def children(root: Path, parent: str) -> dict[str, object]:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{root / 'mlflow' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("edgeke")
-    found = client.search_runs(
-        [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"
-    )
-    return {r.info.run_name: r for r in found}
-
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    """A clone of the working tree as it stands, committed, that has run `tiny` once."""
-    root = tmp_path_factory.mktemp("clone") / "edgeke"
-    run(ROOT, "git", "clone", "--quiet", str(ROOT), str(root))
-    listed = run(ROOT, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, root / name)
-    run(root, "git", "add", "-A")
-    run(root, "git", "commit", "--quiet", "--allow-empty", "-m", "the tree under test")
-    output = run(root, "dvc", "exp", "run", "--name", "first", "-S", "profile=tiny")
-    assert ran(output) == STAGES
-    return root
+def clone(tiny: Path, tmp_path_factory) -> Path:
+    """A clone that has run `tiny` once, as the experiment `first`."""
+    return Path(shutil.copytree(tiny, tmp_path_factory.mktemp("clone") / "edgeke", symlinks=True))
 
 
 def test_every_stage_wrote_what_it_promises(clone: Path):
