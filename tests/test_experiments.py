@@ -1,0 +1,211 @@
+"""Every way that teams run experiments, for real, on profile `tiny`: all lands in the one store."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from pipelines import ENVIRONMENT, STAGES, children, client, metrics, parents, ran, run
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.filterwarnings("ignore:::mlflow")]
+
+SLOTS = {f"edgeke.restored.{stage.replace('@', '/')}" for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def clone(tiny: Path, tmp_path_factory) -> Path:
+    """A clone whose last commit is a finished `tiny`."""
+    root = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("team") / "edgeke", symlinks=True))
+    run(root, "git", "add", "-A")
+    run(root, "git", "commit", "--quiet", "-m", "tiny")
+    return root
+
+
+def by_experiment(root: Path) -> dict[str, object]:
+    """Parents by DVC's name."""
+    return {run.data.tags["DVC_EXP_NAME"]: run for run in parents(root)}
+
+
+def shown(root: Path) -> dict[str, dict[str, object]]:
+    """What `dvc exp show` knows of each experiment: parameters and metrics, by its name."""
+    rows = json.loads(run(root, "dvc", "exp", "show", "--json", "--num", "9"))
+    found = {}
+    for revision in rows:
+        for group in revision["experiments"] or ():
+            newest = group["revs"][0]
+            found[newest["name"]] = newest["data"]
+    return found
+
+
+def flat(values: dict, start: str = "") -> dict[str, object]:
+    """Nested values by dotted names."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{start}{key}.")
+        else:
+            found[start + key] = value
+    return found
+
+
+def check_agreement(root: Path, name: str) -> None:
+    """`dvc exp show` and MLflow hold the same parameters and numbers of an experiment."""
+    known, parent = shown(root)[name], by_experiment(root)[name]
+    read = {
+        key: value
+        for file in known["metrics"].values()
+        for key, value in (file["data"] or {}).items()
+    }
+    logged = parent.data.metrics
+    assert len(logged) > 20
+    assert {key: read[key] for key in logged} == pytest.approx(logged, rel=1e-5)
+    params = flat(known["params"]["params.yaml"]["data"])
+    same = [key for key in params if key in parent.data.params]
+    assert {"kd.beta", "kd.distance", "seed", "branchynet.order"} <= set(same)
+    for key in same:
+        if isinstance(params[key], str | int):
+            assert str(params[key]) == parent.data.params[key], key
+        elif isinstance(params[key], float):
+            assert params[key] == float(parent.data.params[key]), key
+
+
+def queue(root: Path, *changes: str) -> list[str]:
+    """Queue experiments and run them two at a time; their names."""
+    settings = [word for change in changes for word in ("-S", change)]
+    queued = run(root, "dvc", "exp", "run", "--queue", *settings)
+    names = [line.split("'")[1] for line in queued.splitlines() if line.startswith("Queued")]
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    log = root.parent / "queue.log"
+    with log.open("w") as out:  # its workers keep what they inherit open
+        subprocess.run(
+            ["dvc", "queue", "start", "-j", "2"],
+            cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + 1800
+    while time.monotonic() < deadline:
+        rows = [r for r in run(root, "dvc", "queue", "status").splitlines() if r.split()[1:]]
+        ours = [row for row in rows if any(name in row for name in names)]
+        if len(ours) == len(names) and all("Success" in row for row in ours):
+            return names
+        assert not any("Failed" in row for row in ours), "\n".join(
+            run(root, "dvc", "queue", "logs", name, check=False)[-2000:] for name in names
+        )
+        time.sleep(1)
+    raise AssertionError("the queue did not end:\n" + run(root, "dvc", "queue", "status"))
+
+
+def check_grid(root: Path, *changes: str) -> None:
+    """A grid over two workers, and the same again from the run cache."""
+    before = (root / "dvc.lock").read_bytes()
+    names = queue(root, *changes)
+    found = by_experiment(root)
+    for name in names:
+        parent = found[name]
+        kd, order = parent.data.params["kd.distance"], parent.data.params["branchynet.order"]
+        assert parent.info.run_name == f"tiny-{kd}-{order}-b0.5-{name}"
+        assert parent.info.status == "FINISHED"
+        assert parent.data.tags["edgeke.model"].startswith("edgeke-tiny/")
+        check_agreement(root, name)
+    cells = {(p.data.params["kd.distance"], p.data.params["branchynet.order"]) for p in
+             (found[name] for name in names)}  # fmt: skip
+    assert len(cells) == len(names)
+    again = queue(root, *changes)
+    assert not set(again) & set(names)
+    found = by_experiment(root)
+    for name in again:
+        parent = found[name]
+        key = ("kd.distance", "branchynet.order")
+        (first,) = [found[n] for n in names if all(
+            found[n].data.params[k] == parent.data.params[k] for k in key)]  # fmt: skip
+        linked = {k: v for k, v in parent.data.tags.items() if k.startswith("edgeke.restored.")}
+        assert set(linked) == SLOTS - {"edgeke.restored.evaluate"}
+        original = children(root, first.info.run_id)["train_branchynet"]
+        assert linked["edgeke.restored.train_branchynet"] == original.info.run_id
+        assert (
+            parent.data.metrics["test/exit_2/accuracy"]
+            == (first.data.metrics["test/exit_2/accuracy"])
+        )
+        assert parent.data.tags["edgeke.model"] == first.data.tags["edgeke.model"]
+    assert (root / "dvc.lock").read_bytes() == before
+
+
+def test_two_workers_and_the_same_again_from_the_cache(clone: Path):
+    check_grid(clone, "kd.distance=js,wasserstein")
+
+
+@pytest.mark.slow
+def test_the_grid_of_distances_and_orders(clone: Path):
+    check_grid(
+        clone, "kd.distance=kl,js,wasserstein", "branchynet.order=synchronous,asynchronous_back"
+    )
+
+
+def test_beside_the_workspace(clone: Path):
+    before = run(clone, "git", "status", "--porcelain")
+    run(clone, "dvc", "exp", "run", "--temp", "--name", "aside", "-S", "kd.beta=0.3")
+    assert run(clone, "git", "status", "--porcelain") == before
+    parent = by_experiment(clone)["aside"]
+    assert parent.info.run_name == "tiny-kl-asynchronous-b0.3-aside"
+    tags = parent.data.tags
+    assert tags["edgeke.dirty"] == "false"
+    assert tags["mlflow.source.git.commit"] == run(clone, "git", "rev-parse", "HEAD").strip()
+    assert len(tags["edgeke.state"]) == len(tags["edgeke.content"]) == 16
+    check_agreement(clone, "aside")
+
+
+def test_a_run_killed_half_way_is_marked_and_the_next_goes_on(clone: Path):
+    """kill -9 for all of it, as a power cut would; tiny's epochs are lengthened to hit one."""
+    epochs = "profiles.tiny.recipes.distill.epochs=60"
+    command = ["dvc", "exp", "run", "-S", epochs, "-S", "kd.beta=0.7"]
+    with subprocess.Popen(
+        [*command, "--name", "cut"],
+        cwd=clone, env=ENVIRONMENT, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            wait_for_epoch(clone, "cut", 10)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    cut = by_experiment(clone)["cut"]
+    dead = children(clone, cut.info.run_id)["distill@0"]
+    assert dead.info.status == cut.info.status == "RUNNING"  # nobody could say otherwise
+    done = len(curve(clone, dead.info.run_id))
+    assert 10 <= done < 60
+
+    output = run(clone, *command, "--name", "goes-on")
+    assert ran(output)[0] == "distill@0"
+    store = client(clone)
+    assert store.get_run(dead.info.run_id).info.status == "KILLED"
+    assert store.get_run(cut.info.run_id).info.status == "KILLED"
+    next_run = by_experiment(clone)["goes-on"]
+    assert next_run.info.status == "FINISHED"
+    resumed = children(clone, next_run.info.run_id)["distill@0"]
+    assert resumed.data.tags["edgeke.resumes"] == dead.info.run_id
+    # The curve is whole, its beginning that of the killed run: nothing was trained twice.
+    ours, before = curve(clone, resumed.info.run_id), curve(clone, dead.info.run_id)
+    assert [step for step, _ in ours] == list(range(1, 61))
+    saved = done - done % 5
+    assert ours[:saved] == before[:saved]
+    assert metrics(clone, "distill/0")["validation/accuracy"] > 0
+    run(clone, "git", "checkout", "--quiet", "--force", "HEAD")
+    run(clone, "dvc", "checkout", "--force")
+
+
+def curve(root: Path, child: str) -> list[tuple[int, float]]:
+    history = client(root).get_metric_history(child, "validation/loss")
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def wait_for_epoch(root: Path, experiment: str, epoch: int) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        parent = by_experiment(root).get(experiment)
+        child = parent and children(root, parent.info.run_id).get("distill@0")
+        if child and len(curve(root, child.info.run_id)) >= epoch:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the training did not get there")
