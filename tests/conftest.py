@@ -81,6 +81,36 @@ def network(architecture: Architecture) -> BranchyNet:
 
 
 @pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's SQLite file with its tables and nothing in them, to copy: making one takes seconds."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture(scope="session")
+def store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository's root with a store, shared by tests that name experiments of their own."""
+    root = tmp_path_factory.mktemp("repository")
+    (root / "mlflow").mkdir()
+    shutil.copy(empty_store, root / "mlflow")
+    return root
+
+
+@pytest.fixture
+def here(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own working folder (as DVC gives queued runs) on the shared store."""
+    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_STAGE", "DVC_EXP_BASELINE_REV"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(store))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone that has run profile `tiny` once, as experiment `first`. Work in copies of it."""
     root = clone_tree(tmp_path_factory.mktemp("tiny") / "edgeke")

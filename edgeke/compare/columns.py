@@ -9,9 +9,9 @@ from edgeke.compare.rows import CRITERION, SHOWN, Ranking, Row
 __all__ = ["CAPTION", "Column", "columns", "labels", "notes", "variants"]
 
 CAPTION = (
-    f"Ranked by {CRITERION}. Mean ± std over seeds (- with one seed). Accuracy in %, cost in % of "
-    "the plain main network's MACs, (m/n): m of n seeds certified the requirement, latency of the "
-    "default point in ms."
+    f"Ranked by {CRITERION}. Mean ± std over seeds (one seed has no std). Accuracy in %, cost in % "
+    "of the plain main network's MACs, (m/n): m of n seeds certified the requirement, latency of "
+    "the default point in ms."
 )
 
 _MISSING = "-"
@@ -167,7 +167,7 @@ def _spread(row: Row, metric: str, text: Callable[[float], str]) -> str:
     found = row.spread(metric)
     if found is None:
         return _MISSING
-    std = _MISSING if found.std is None else text(found.std)
+    std = "" if found.std is None else f" ± {text(found.std)}"
     # A mean over fewer seeds than the row has says so; a requirement's (m/n) says it already.
     fewer = found.seeds < len(row.runs) and not metric.endswith("cost_share")
-    return f"{text(found.mean)} ± {std}" + (f" ({found.seeds} seeds)" if fewer else "")
+    return f"{text(found.mean)}{std}" + (f" ({found.seeds} seeds)" if fewer else "")

@@ -1,7 +1,6 @@
 """Hand-made runs, a store with real ones, and a browser without a network."""
 
 import copy
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -69,29 +68,13 @@ def headline(accuracy: float) -> dict[str, float]:
     }
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    """A repository with params.yaml and an initialised store: creating it takes seconds."""
-    root = tmp_path_factory.mktemp("repository")
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    from mlflow import MlflowClient
-
-    (root / "mlflow").mkdir()
-    MlflowClient(f"sqlite:///{root / 'mlflow' / 'mlflow.db'}").search_experiments()
-    return root
-
-
 @pytest.fixture
-def here(store: Path, tmp_path: Path, monkeypatch, request) -> Path:
-    """An own working folder on the shared store; its params.yaml names an own experiment."""
-    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_STAGE", "DVC_EXP_BASELINE_REV"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DVC_ROOT", str(store))
-    monkeypatch.chdir(tmp_path)
+def here(here: Path, request) -> Path:
+    """The working folder, with a params.yaml that names an experiment of the test's own."""
     content = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
     content["tracking"]["experiment"] = request.node.name
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path
+    (here / "params.yaml").write_text(yaml.safe_dump(content))
+    return here
 
 
 @pytest.fixture
