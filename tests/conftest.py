@@ -82,7 +82,7 @@ def network(architecture: Architecture) -> BranchyNet:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's SQLite file with its tables and nothing in them, to copy: making one takes seconds."""
+    """MLflow's SQLite file, tables and nothing in them, to copy: making one takes seconds."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow import MlflowClient
 

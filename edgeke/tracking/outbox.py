@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,27 +173,64 @@ def _send_file(client: "MlflowClient", root: Path, path: Path, create: Create) -
             if address.child is None:
                 create(client, address)
             while todo:
-                _deliver_or_refuse(client, address, todo[0], path)
-                todo.pop(0)
+                count = _joinable(todo)
+                _deliver_or_refuse(client, address, todo[:count], path)
+                del todo[:count]
         except Exception:
             write_text(path, "\n".join([json.dumps(asdict(address)), *todo]) + "\n")
             raise
         path.unlink()
 
 
-def _deliver_or_refuse(client: "MlflowClient", address: Address, line: str, path: Path) -> None:
-    """Deliver a line; one that cannot be read or is refused for good is set aside, and said so."""
+def _joinable(lines: Sequence[str]) -> int:
+    """How many messages at the front can go in one call: metrics of one run, a batch of them.
+
+    A training that logged for a day without a store must not be sent epoch by epoch.
+    """
+    count = rows = 0
+    for line in lines:
+        message = _read(line)
+        if message is None or set(message) != {"to", "metrics"}:
+            break
+        rows += len(message["metrics"])
+        if count and (rows > _BATCH or message["to"] != json.loads(lines[0])["to"]):
+            break
+        count += 1
+    return max(1, count)
+
+
+def _deliver_or_refuse(
+    client: "MlflowClient", address: Address, lines: Sequence[str], path: Path
+) -> None:
+    """Deliver joinable lines; one that is cut off or refused for good is set aside, and said so."""
     from mlflow.exceptions import MlflowException
 
+    messages = [_read(line) for line in lines]
+    first = messages[0]
+    if first is None:  # the process died while it wrote its last line
+        _set_aside(path, lines[0], "is cut off")
+        return
+    joined = dict(first)
+    if len(messages) > 1:
+        joined["metrics"] = [row for of in messages if of for row in of["metrics"]]
     try:
-        message = json.loads(line)
-        _deliver(client, address, message)
-    except json.JSONDecodeError:  # the process died while it wrote its last line
-        _set_aside(path, line, "is cut off")
+        _deliver(client, address, joined)
     except MlflowException as error:
         if error.get_http_status_code() not in (400, 404):
             raise
-        _set_aside(path, line, f"is refused ({reason(error)})")
+        if len(lines) == 1:
+            _set_aside(path, lines[0], f"is refused ({reason(error)})")
+            return
+        for line in lines:
+            _deliver_or_refuse(client, address, [line], path)
+
+
+def _read(line: str) -> Message | None:
+    try:
+        message: Message = json.loads(line)
+        return message
+    except json.JSONDecodeError:
+        return None
 
 
 def _set_aside(path: Path, line: str, why: str) -> None:

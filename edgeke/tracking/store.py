@@ -121,7 +121,8 @@ def _remedy(message: str) -> str:
             "older, or `pip install` the MLflow that wrote it where it is newer"
         )
     if re.search(r"\b(401|403)\b|not authenticated|[Pp]ermission denied", message):
-        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user it knows"
+        names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return f"set {names} to a user who may write there"
     if "disk is full" in message or "No space left" in message:
         return "free space on its disk"
     return "mend it, or point MLFLOW_TRACKING_URI elsewhere"

@@ -162,6 +162,27 @@ def local(store: Path) -> str:
     return f"sqlite:///{(store / 'mlflow' / 'mlflow.db').resolve()}"
 
 
+def test_a_long_absence_is_made_up_for_in_few_calls(here, store, loaded, monkeypatch):
+    (here / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    with stage_run("download", loaded) as run:
+        monkeypatch.setattr(run.outbox, "client", Away())
+        for epoch in range(1, 801):
+            run.epoch(epoch, {"train/loss": 1.0 / epoch, "validation/loss": 2.0 / epoch})
+        mine = run.outbox.address.child
+    calls = []
+    deliver = outbox._deliver
+    monkeypatch.setattr(
+        outbox, "_deliver", lambda *given: calls.append(given[2]) or deliver(*given)
+    )
+    monkeypatch.setattr(processes, "lives", lambda process: False)
+    assert main() == 0
+    assert kept(store) == []
+    assert len(calls) == 4  # 1,600 metrics in two batches, two ends
+    assert len(curve(mine)) == len(curve(mine, "validation/loss")) == 800
+    assert curve(mine)[-1] == (800, 1 / 800)
+    assert status(mine) == "FINISHED"
+
+
 def test_a_message_that_is_refused_for_good_is_set_aside_and_said(
     here, store, loaded, capsys, monkeypatch
 ):
