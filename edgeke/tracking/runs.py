@@ -77,12 +77,14 @@ class _MlflowRun:
 
     def __init__(self, outbox: Outbox, slot: str, params: Params) -> None:
         self.outbox, self.slot, self.params = outbox, slot, params
+        self.last = 0  # epoch: the final metrics belong to it, not to a point before the curve
 
     def epoch(self, epoch: int, row: Mapping[str, float]) -> None:
+        self.last = epoch
         self.log("child", row, epoch)
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
-        self.log("child", metrics, 0)
+        self.log("child", metrics, self.last)
 
     def headline(self, metrics: Mapping[str, float]) -> None:
         self.log("parent", metrics, 0)

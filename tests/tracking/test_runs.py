@@ -43,7 +43,7 @@ def test_one_parent_and_one_child_per_stage(here, loaded, monkeypatch):
         with stage_run(stage, loaded) as run:
             for epoch in (1, 2):
                 run.epoch(epoch, {"train/loss": 1 / epoch})
-            run.metrics({"validation/accuracy": 0.5})
+            run.metrics({"validation/accuracy": 0.5, "train/loss": 0.5})
     found = runs(loaded)
     parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
     children = [r for r in found if "mlflow.parentRunId" in r.data.tags]
@@ -55,9 +55,19 @@ def test_one_parent_and_one_child_per_stage(here, loaded, monkeypatch):
     assert {c.data.tags["mlflow.parentRunId"] for c in children} == {parents[0].info.run_id}
     assert all(r.info.status == "FINISHED" for r in found)
     curve = client().get_metric_history(children[0].info.run_id, "train/loss")
-    assert [(m.step, m.value) for m in curve] == [(1, 1.0), (2, 0.5)]
+    assert {(m.step, m.value) for m in curve} == {(1, 1.0), (2, 0.5)}
     note = read_json(here / "results" / "distill" / "0" / "run.json")
     assert note["parent_run_id"] == parents[0].info.run_id
+
+
+def test_a_run_id_in_the_environment_hijacks_no_child(here, loaded, monkeypatch):
+    with stage_run("download", loaded) as run:
+        first = run.outbox.address.child
+    monkeypatch.setenv("MLFLOW_RUN_ID", first)
+    with stage_run("export", loaded) as run:
+        run.metrics({"m": 1.0})
+        assert run.outbox.address.child != first
+    assert client().get_run(first).data.metrics == {}
 
 
 def test_class_names_that_mlflow_refuses_are_still_logged(here, loaded):
