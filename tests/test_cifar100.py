@@ -16,12 +16,14 @@ from bundles import build
 from PIL import Image
 from toys import ROOT, SIZE, randomise
 
+from edgeke.campaign.bring_home import write_summary
 from edgeke.campaign.pieces import LIMIT, read_network, read_pieces, write_network, write_pieces
 from edgeke.campaign.published import STEP, THRESHOLDS, compare_with_published
 from edgeke.campaign.record import Record
 from edgeke.campaign.settings import PREPARED, Settings, campaign_content, prepare
 from edgeke.campaign.steps import Costs, asked_epochs, make_steps, schedule
 from edgeke.campaign.strips import build_dataset, cut_splits, read_strips
+from edgeke.campaign.summary import HEADLINE as SUMMARY
 from edgeke.campaign.summary import model_card
 from edgeke.data.augment import Normalise
 from edgeke.data.dataset import load_dataset, save_dataset
@@ -371,6 +373,19 @@ def test_the_paper_s_layout_is_run_as_published(architecture, dataset, tmp_path:
     assert found["speedup"] == found["latency_ms_mean"] / found["own_latency_ms_mean"] > 0
 
 
+def test_numbers_of_a_smaller_profile_stand_under_their_own_name(tmp_path: Path):
+    headline = tmp_path / "results" / "cifar100" / "summary.json"
+    small = write_summary({"profile": "cifar100_small", "teacher": 0.5}, tmp_path)
+    assert small.name == "cifar100_small.json"
+    content = json.loads(headline.read_text())
+    assert content.pop("measured_instead") == small.name
+    assert set(content) == set(SUMMARY)
+    assert set(content.values()) == {None}
+    assert write_summary({"profile": "cifar100", "teacher": 0.8}, tmp_path) == headline
+    write_summary({"profile": "cifar100_small", "teacher": 0.6}, tmp_path)
+    assert json.loads(headline.read_text())["teacher"] == 0.8
+
+
 @pytest.mark.pipeline
 def test_results_come_home_through_the_pipeline(
     out: Path, data: Path, params_file: Path, tmp_path: Path
@@ -385,6 +400,7 @@ def test_results_come_home_through_the_pipeline(
     assert (ROOT / "dvc.lock").read_bytes() == lock
     summary = json.loads((tmp_path / "results" / "cifar100" / "summary.json").read_text())
     steps = json.loads((out / "results.json").read_text())["steps"]
+    assert set(SUMMARY) <= set(summary)
     assert summary["exits"] == steps["branchynet"]["test"]["exits"]
     assert summary["plain_resnet18"] == steps["plain_resnet18"]["test"]["exits"][0]
     assert len(summary["exit_macs_share"]) == len(summary["exits_int8"]) == 4

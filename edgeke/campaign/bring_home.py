@@ -17,7 +17,7 @@ from edgeke.campaign.pieces import read_network
 from edgeke.campaign.published import STEP, compare_with_published
 from edgeke.campaign.settings import commit, read_content
 from edgeke.campaign.strips import build_dataset, cut_splits, read_strips
-from edgeke.campaign.summary import compared_point, model_card, summarise
+from edgeke.campaign.summary import HEADLINE, compared_point, model_card, summarise
 from edgeke.data.dataset import load_dataset
 from edgeke.device.policy import parse_policy
 from edgeke.errors import InputError
@@ -25,7 +25,7 @@ from edgeke.files import read_json, write_json, write_table, write_text
 from edgeke.learning.checkpoints import save_checkpoint
 from edgeke.params import parse
 
-__all__ = ["bring_home"]
+__all__ = ["bring_home", "write_summary"]
 
 # Step of the campaign, checkpoint, folder of results and DVC's name of the stage that makes it.
 _TRAINED = (
@@ -77,8 +77,7 @@ def bring_home(campaign: Path, root: Path, data: Path, params: Path, out: Path) 
             "date": datetime.now(UTC).date().isoformat(),
             "commit_of_evaluation": (commit(root) or "").removesuffix("+") or None,
         }
-        target = out / "results" / "cifar100" / "summary.json"
-        write_json(target, summary)
+        target = write_summary(summary, out)
         if results["settings"]["limit"] is None:
             pretrained = out / "models" / "pretrained"
             pretrained.mkdir(parents=True, exist_ok=True)
@@ -86,6 +85,20 @@ def bring_home(campaign: Path, root: Path, data: Path, params: Path, out: Path) 
                 shutil.copy(clone / "models" / file, pretrained / file)
             write_text(pretrained / "README.md", model_card(summary))
         return target
+
+
+def write_summary(summary: Mapping[str, Any], out: Path) -> Path:
+    """Write `results/cifar100/summary.json` for the full profile; return what was written.
+
+    Any other profile's numbers stand under its own name, and the headline stays empty beside them.
+    """
+    folder, profile = out / "results" / "cifar100", summary["profile"]
+    headline = folder / "summary.json"
+    target = headline if profile == "cifar100" else folder / f"{profile}.json"
+    write_json(target, summary)
+    if not headline.exists():
+        write_json(headline, {**dict.fromkeys(HEADLINE), "measured_instead": target.name})
+    return target
 
 
 def _published(

@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["compared_point", "model_card", "summarise"]
+__all__ = ["HEADLINE", "compared_point", "model_card", "summarise"]
+
+HEADLINE = (  # what the project is measured by; null where it was not measured
+    "teacher",
+    "exits",
+    "vote",
+    "exit_macs_share",
+    "plain_resnet18",
+    "speedup_over_fastest_static_int8",
+    "speedup_over_fastest_static_fp32",
+)
 
 _STATIC = ("main", "teacher")
 _MEASURE = {"max_cost": "cost_share", "min_accuracy": "accuracy", "max_loss": "loss"}
