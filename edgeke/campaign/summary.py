@@ -148,11 +148,14 @@ def model_card(summary: Mapping[str, Any]) -> str:
         f"{name} {summary['steps'][name]['epochs_run']} of {summary['steps'][name]['epochs_asked']}"
         for name in ("teacher", "main", "branchynet")
     )
-    return f"""# CIFAR-100, ResNet18 with four exits, int8
+    file = "summary" if summary["profile"] == "cifar100" else summary["profile"]
+    return f"""# CIFAR-100, ResNet18 of width {summary["width"]} with four exits, int8
 
 `edgeke.int8.onnx` answers 32 x 32 colour images in one of the 100 classes of CIFAR-100, early where
 it is sure; `policy.int8.json` holds its operating points. Both are written by
-`scripts/cifar100 --import`, never by hand.
+`scripts/cifar100 --import`, never by hand. To try it on a picture of yours:
+
+    python -m edgeke.device predict models/pretrained PICTURE
 
 - **Data**: CIFAR-100 (Krizhevsky 2009), 45,000 images to train, 1,000 to validate, 4,000 to
   certify the promises, the 10,000 test images for the numbers below alone.
@@ -170,5 +173,5 @@ Vote of all exits: {percent(summary["vote"])}. Teacher: {percent(summary["teache
 ResNet18, as long under the same teacher: {percent(summary["plain_resnet18"])}.
 
 **Limits**: photographs of single objects at 32 x 32 pixels; nothing else was tested. Confidences
-and promises hold for images like CIFAR-100's. Latencies are in `results/cifar100/summary.json`.
+and promises hold for images like CIFAR-100's. Latencies are in `results/cifar100/{file}.json`.
 """
