@@ -134,7 +134,7 @@ def stage_run(slot: str, params: Params) -> Iterator[Run]:
     """
     note = Path("results") / slot / "run.json"
     first = not int(os.environ.get("RANK", "0"))  # of the processes that train together
-    if not (params.tracking.enabled and first and importlib.util.find_spec("mlflow")):
+    if not (params.tracking.enabled and first and _installed()):
         yield _NoRun()
         write_json(note, {"run_id": None, "parent_run_id": None})
         return
@@ -199,6 +199,12 @@ def end_dead_runs(client: "MlflowClient", experiment: str) -> int:
             client.set_terminated(run.info.run_id, "KILLED")
             ended += 1
     return ended
+
+
+def _installed() -> bool:
+    """Whether MLflow is; the folder `mlflow/` of the repository looks like a package without code."""
+    found = importlib.util.find_spec("mlflow")
+    return found is not None and found.origin is not None
 
 
 def _open(slot: str, params: Params, root: Path) -> Outbox:

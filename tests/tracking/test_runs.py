@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,14 @@ def test_tracking_off_does_nothing(here, loaded):
         "parent_run_id": None,
     }
     assert client().get_experiment_by_name(loaded.tracking.experiment) is None
+
+
+def test_without_mlflow_the_repository_s_own_folder_is_not_taken_for_it(here, loaded, monkeypatch):
+    folder = ModuleSpec("mlflow", None, is_package=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: folder)
+    with stage_run("download", loaded) as run:
+        run.metrics({"m": 1.0})
+    assert read_json(here / "results" / "download" / "run.json")["run_id"] is None
 
 
 def test_an_unusable_store_says_what_to_do(here, loaded, monkeypatch):
