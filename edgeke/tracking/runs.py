@@ -202,7 +202,7 @@ def end_dead_runs(client: "MlflowClient", experiment: str) -> int:
 
 
 def _installed() -> bool:
-    """Whether MLflow is; the folder `mlflow/` of the repository looks like a package without code."""
+    """Whether MLflow is; the repository's folder `mlflow/` looks like a package without code."""
     found = importlib.util.find_spec("mlflow")
     return found is not None and found.origin is not None
 
