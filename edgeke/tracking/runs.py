@@ -156,27 +156,11 @@ def stage_run(slot: str, params: Params) -> Iterator[Run]:
 
 def create_runs(root: Path, client: "MlflowClient", address: Address) -> None:
     """Make the child that an address wants, below its state's parent, found or made; note both."""
-    from mlflow.entities import Param
-
     wanted = address.wanted
     with locked(root):
         experiment = open_experiment(client, wanted["experiment"], root)
         end_dead_runs(client, experiment)
-        found = client.search_runs(
-            [experiment], f"tags.`{state.STATE}` = '{wanted['state']}'", max_results=1
-        )
-        if found:
-            parent = str(found[0].info.run_id)
-            # In this order: running without a living process, another machine's stage would end it.
-            client.set_tag(parent, processes.PROCESS, address.process)
-            client.update_run(parent, status="RUNNING")
-        else:
-            tags = {**wanted["tags"], state.STATE: wanted["state"]}
-            del tags["DVC_STAGE"]
-            started = client.create_run(experiment, wanted["start"], tags, run_name=wanted["name"])
-            parent = str(started.info.run_id)
-            values = [Param(key, value) for key, value in wanted["params"].items()]
-            client.log_batch(parent, params=values)
+        parent = _find_parent(client, experiment, address)
         tags = {**wanted["tags"], state.PARENT: parent, state.SLOT: wanted["slot"]}
         before = _cut_short(client, experiment, tags)
         if before:
@@ -184,6 +168,28 @@ def create_runs(root: Path, client: "MlflowClient", address: Address) -> None:
         name = wanted["slot"].replace("/", "@")
         child = client.create_run(experiment, wanted["start"], tags, run_name=name)
         address.parent, address.child = parent, str(child.info.run_id)
+
+
+def _find_parent(client: "MlflowClient", experiment: str, address: Address) -> str:
+    """The id of the state's run, which is in progress now; made when absent."""
+    from mlflow.entities import Param
+
+    wanted = address.wanted
+    same = f"tags.`{state.STATE}` = '{wanted['state']}'"
+    found = client.search_runs([experiment], same, max_results=1)
+    if found:
+        parent = found[0]
+        # In this order: running without a living process, another machine's stage would end it.
+        client.set_tag(parent.info.run_id, processes.PROCESS, address.process)
+        client.update_run(parent.info.run_id, status="RUNNING")
+    else:
+        tags = {**wanted["tags"], state.STATE: wanted["state"]}
+        del tags["DVC_STAGE"]
+        parent = client.create_run(experiment, wanted["start"], tags, run_name=wanted["name"])
+    if not parent.data.params:  # new, or the store went away between its making and this
+        values = [Param(key, value) for key, value in wanted["params"].items()]
+        client.log_batch(parent.info.run_id, params=values)
+    return str(parent.info.run_id)
 
 
 def end_dead_runs(client: "MlflowClient", experiment: str) -> int:

@@ -259,6 +259,21 @@ def test_a_run_killed_by_force_is_marked_by_the_next_which_goes_on_from_it(here,
     assert [p.info.status for p in parents] == ["FINISHED"]
 
 
+def test_a_parent_that_lost_its_parameters_gets_them(here, loaded, monkeypatch):
+    """The store went away between the making of the parent and its parameters."""
+    from mlflow import MlflowClient
+
+    with monkeypatch.context() as away:
+        away.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+        with pytest.raises(InputError, match="does not answer"):
+            stage_run("download", loaded).__enter__()
+    assert [run.data.params for run in runs(loaded)] == [{}]
+    with stage_run("download", loaded):
+        pass
+    (parent,) = [r for r in runs(loaded) if "mlflow.parentRunId" not in r.data.tags]
+    assert parent.data.params == {k: str(v) for k, v in state.flatten(loaded).items()}
+
+
 def test_a_stage_that_finished_is_not_resumed(here, loaded):
     for _ in range(2):
         with stage_run("distill/0", loaded):
