@@ -1,10 +1,12 @@
 """The one-file model in MLflow: logged once per content, registered, and what was asked of it."""
 
+import contextlib
 import hashlib
 import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ __all__ = ["MODEL", "PRECISION", "log_model", "model_name"]
 MODEL = "edgeke.model"  # tag of a parent run: `<registered model>/<version>`
 PRECISION = "edgeke.precision"  # tag of a version: int8 or fp32
 _CONTENT = "edgeke.sha256"  # tag of a version
+_GLOBAL = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")  # what MLflow's functions set
 _REQUIREMENTS = ("min_accuracy", "max_loss", "mean_latency_ms", "deadline_ms")
 
 
@@ -77,11 +80,11 @@ def _register(address: Address, file: Path, name: str) -> str:
         ),
         ParamSchema([ParamSpec(of, "double", None) for of in _REQUIREMENTS]),
     )
-    # The one place that needs MLflow's global state: logging a model knows no client.
-    mlflow.set_tracking_uri(address.uri)
-    run = mlflow.MlflowClient(address.uri).get_run(str(address.parent))
-    mlflow.set_experiment(experiment_id=run.info.experiment_id)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(record=True),  # advice about type hints
+        _globally(address),
+    ):
         logged = mlflow.models.Model.log(
             artifact_path=None,
             name="edgeke",
@@ -96,6 +99,25 @@ def _register(address: Address, file: Path, name: str) -> str:
             input_example=np.zeros((1, *shape), np.uint8),
         )
     return str(logged.registered_model_version)
+
+
+@contextlib.contextmanager
+def _globally(address: Address) -> Iterator[None]:
+    """MLflow's global state set to the run's store and experiment: no client can log a model."""
+    import mlflow
+
+    before = {name: os.environ.get(name) for name in _GLOBAL}
+    mlflow.set_tracking_uri(address.uri)
+    try:
+        run = mlflow.MlflowClient(address.uri).get_run(str(address.parent))
+        mlflow.set_experiment(experiment_id=run.info.experiment_id)
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # as it was: the environment decides
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _device_room(folder: Path) -> Path:

@@ -6,7 +6,6 @@ process runs it, meets at the same parent.
 """
 
 import contextlib
-import importlib.util
 import os
 import re
 import sys
@@ -209,8 +208,14 @@ def end_dead_runs(client: "MlflowClient", experiment: str) -> int:
 
 def _installed() -> bool:
     """Whether MLflow is; the repository's folder `mlflow/` looks like a package without code."""
-    found = importlib.util.find_spec("mlflow")
-    return found is not None and found.origin is not None
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        import mlflow
+    except ModuleNotFoundError as error:
+        if error.name != "mlflow":
+            raise
+        return False
+    return mlflow.__file__ is not None
 
 
 def _open(slot: str, params: Params, root: Path) -> Outbox:

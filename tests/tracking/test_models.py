@@ -72,12 +72,25 @@ def test_the_int8_file_is_registered_below_its_profile(here, loaded, models):
     assert "torch" not in (folder / "requirements.txt").read_text()
 
 
+def test_logging_a_model_leaves_mlflow_s_global_state_alone(here, loaded, models, monkeypatch):
+    import mlflow
+
+    before = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
+    logged(models, loaded)
+    left = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
+    new = {key for key in left if left[key] != before.get(key)}
+    assert not new & {"MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    assert mlflow.get_tracking_uri() == "http://elsewhere"
+
+
 def stored(name: str) -> Path:
     version = client().search_model_versions(f"name = '{name}'")[0]
     from mlflow.artifacts import download_artifacts
 
-    uri = stores.store_uri(stores.project_root())
-    return Path(download_artifacts(f"models:/{name}/{version.version}", tracking_uri=uri))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MLFLOW_TRACKING_URI", stores.store_uri(stores.project_root()))
+        return Path(download_artifacts(f"models:/{name}/{version.version}"))
 
 
 def test_the_same_file_is_stored_once_and_another_is_a_new_version(here, store, loaded, models):

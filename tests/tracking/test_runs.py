@@ -5,8 +5,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -151,8 +151,9 @@ def test_tracking_off_does_nothing(here, loaded):
 
 
 def test_without_mlflow_the_repository_s_own_folder_is_not_taken_for_it(here, loaded, monkeypatch):
-    folder = ModuleSpec("mlflow", None, is_package=True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: folder)
+    folder = ModuleType("mlflow")  # what Python makes of a folder without __init__.py
+    folder.__file__ = None
+    monkeypatch.setitem(sys.modules, "mlflow", folder)
     with stage_run("download", loaded) as run:
         run.metrics({"m": 1.0})
     assert read_json(here / "results" / "download" / "run.json")["run_id"] is None
