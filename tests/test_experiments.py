@@ -134,7 +134,7 @@ def check_grid(root: Path, *changes: str) -> None:
 
 
 def test_two_workers_and_the_same_again_from_the_cache(clone: Path):
-    check_grid(clone, "kd.distance=js,wasserstein")
+    check_grid(clone, "branchynet.order=synchronous,mixed")
 
 
 @pytest.mark.slow
