@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeke.files import write_text
 from edgeke.tracking import processes
-from edgeke.tracking.store import folder, locked, reason
+from edgeke.tracking.store import folder, locked, reason, redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -113,7 +113,8 @@ class Outbox:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.kept:
-                write_text(self.path, json.dumps(asdict(self.address)) + "\n")
+                kept = {**asdict(self.address), "uri": redacted(self.address.uri)}
+                write_text(self.path, json.dumps(kept) + "\n")
             with self.path.open("a") as file:
                 file.write(json.dumps(message) + "\n")
             self.kept += 1
@@ -147,7 +148,7 @@ def resend(client: "MlflowClient", uri: str, root: Path, create: Create) -> tupl
         try:
             with path.open() as file:
                 address = Address(**json.loads(file.readline()))
-            if address.uri != uri or processes.lives(address.process):
+            if address.uri != redacted(uri) or processes.lives(address.process):
                 continue
             _send_file(client, root, path, create)
             sent += 1

@@ -18,6 +18,7 @@ __all__ = [
     "open_experiment",
     "project_root",
     "reason",
+    "redacted",
     "refusal",
     "store_uri",
 ]
@@ -97,7 +98,7 @@ def open_experiment(client: "MlflowClient", name: str, root: Path) -> str:
 def refusal(root: Path, error: Exception) -> InputError:
     """What to do about a store that does not do what it is asked to, in one line."""
     return InputError(
-        f"the tracking store {_hidden(store_uri(root))} does not answer ({reason(error)}); "
+        f"the tracking store {redacted(store_uri(root))} does not answer ({reason(error)}); "
         f"{_remedy(str(error))}, or run with -S tracking.on_failure=warn (sent later) or "
         "-S tracking.enabled=false (not at all)"
     )
@@ -106,11 +107,11 @@ def refusal(root: Path, error: Exception) -> InputError:
 def reason(error: Exception) -> str:
     """An error's first line, without what SQLAlchemy and passwords in addresses add to it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return _hidden(lines[0])
+    return redacted(lines[0])
 
 
-def _hidden(text: str) -> str:
-    """Passwords in addresses stay out of logs."""
+def redacted(text: str) -> str:
+    """A text without the passwords in its addresses: for logs, and for files that stay."""
     return re.sub(r"(://[^:/@\s]+):[^@/\s]+@", r"\1:***@", text)
 
 

@@ -183,6 +183,23 @@ def test_a_long_absence_is_made_up_for_in_few_calls(here, store, loaded, monkeyp
     assert status(mine) == "FINISHED"
 
 
+def test_a_password_in_the_address_is_not_kept(here, store, loaded, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:secret-word@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    lenient = replace(loaded, tracking=replace(loaded.tracking, on_failure="warn"))
+    with stage_run("download", lenient) as run:
+        run.epoch(1, {"train/loss": 1.0})
+    (file,) = kept(store)
+    assert json.loads(file.read_text().splitlines()[0])["uri"] == "http://ada:***@127.0.0.1:9"
+    assert "secret-word" not in file.read_text() + capsys.readouterr().err
+    # It is still known as that store's.
+    monkeypatch.setattr(processes, "lives", lambda process: False)
+    sent = []
+    monkeypatch.setattr(outbox, "_send_file", lambda *given: sent.append(given[2]))
+    outbox.resend(None, "http://ada:secret-word@127.0.0.1:9", store, lambda *_: None)
+    assert sent == [file]
+
+
 def test_a_message_that_is_refused_for_good_is_set_aside_and_said(
     here, store, loaded, capsys, monkeypatch
 ):
