@@ -101,21 +101,21 @@ def simulate(samples: int, epsilon: float) -> dict[str, float]:
     pool = tuning.samples(*draw(200_000, 2))
     outcomes = {
         objective: np.stack([judge(c.thresholds) for c in sequences[objective, 2]])
-        for objective, judge in (("loss", pool.losses), ("accuracy", pool.wrong))
+        for objective, judge in (("degradation", pool.degradations), ("accuracy", pool.wrong))
     }
     thresholds = sorted({c.thresholds for of in sequences.values() for c in of})
     exits = np.stack([pool.exits(of) for of in thresholds])
     reach = np.stack([(exits >= e).mean(axis=1) for e in range(3)], axis=1)
-    costs = np.array([pool.result(c.thresholds, _COSTS).cost for c in sequences["loss", 2]])
+    costs = np.array([pool.result(c.thresholds, _COSTS).cost for c in sequences["degradation", 2]])
     truth = {name: of.mean(axis=1) for name, of in outcomes.items()}
     floor = float(truth["accuracy"][0] + epsilon)
-    broken = dict.fromkeys(("max_loss", "max_error", "cost", "plain_cost"), 0)
+    broken = dict.fromkeys(("max_degradation", "max_error", "cost", "plain_cost"), 0)
     paid, random = [], np.random.default_rng(0)
     steps = np.diff([0, *_COSTS])
     for _ in range(_DRAWS):
         seen = random.integers(0, 200_000, samples)
-        prefix = certified_prefix(outcomes["loss"][:, seen], epsilon, _DELTA)
-        broken["max_loss"] += bool(prefix) and truth["loss"][:prefix].max() > epsilon
+        prefix = certified_prefix(outcomes["degradation"][:, seen], epsilon, _DELTA)
+        broken["max_degradation"] += bool(prefix) and truth["degradation"][:prefix].max() > epsilon
         paid.append(costs[max(prefix, 1) - 1])
         prefix = certified_prefix(outcomes["accuracy"][:, seen], floor, _DELTA)
         broken["max_error"] += bool(prefix) and truth["accuracy"][:prefix].max() > floor
@@ -124,7 +124,7 @@ def simulate(samples: int, epsilon: float) -> dict[str, float]:
         mean = np.stack([(exits[:, seen] >= e).mean(axis=1) for e in range(3)], axis=1) @ steps
         bought = np.flatnonzero(mean <= 0.6)[mean[mean <= 0.6].argmax()]
         broken["plain_cost"] += bool(reach[bought] @ steps > 0.6)
-    oracle = costs[truth["loss"] <= epsilon].min()
+    oracle = costs[truth["degradation"] <= epsilon].min()
     return {**{name: n / _DRAWS for name, n in broken.items()}, "power": np.mean(paid) / oracle}
 
 
@@ -139,22 +139,24 @@ def main() -> None:
     )
     name, _ = rank_scores(*draw(1000, 1))
     print(f"best score by AURC on 1,000 samples: {name}")
-    print("\n| samples | epsilon | max_loss broken | max_error broken | cost broken | "
+    print("\n| samples | epsilon | max_degradation broken | max_error broken | cost broken | "
           "plain mean cost broken | certified / oracle cost |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rows = {}
     for samples, epsilon in ((360, 0.03), (1000, 0.02), (4000, 0.01)):
         row = rows[samples] = simulate(samples, epsilon)
-        broken = [f"{100 * row[k]:.1f} %" for k in ("max_loss", "max_error", "cost", "plain_cost")]
+        broken = [
+            f"{100 * row[k]:.1f} %" for k in ("max_degradation", "max_error", "cost", "plain_cost")
+        ]
         print(f"| {samples} | {epsilon} | {' | '.join(broken)} | {row['power']:.3f} |")
-    worst = {name: max(row[name] for row in rows.values()) for name in ("max_loss", "cost")}
+    worst = {name: max(row[name] for row in rows.values()) for name in ("max_degradation", "cost")}
     print(
         json.dumps(
             {
                 "worst_accuracy_gap_points": max(points),
                 "worst_cost_gap_percent": max(percent),
                 "frontier_seconds": statistics.median(seconds),
-                "max_loss_broken": worst["max_loss"],
+                "max_degradation_broken": worst["max_degradation"],
                 "cost_broken": worst["cost"],
                 "power_cost_ratio": float(rows[4000]["power"]),
             }

@@ -10,10 +10,11 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import edgeke
 from edgeke.errors import InputError
 from edgeke.files import replacing
 
-__all__ = ["main", "make_bundle"]
+__all__ = ["copy_device_package", "main", "make_bundle"]
 
 _TITLE = "# EdgeKE bundle"
 _README = f"""{_TITLE}
@@ -54,6 +55,17 @@ def make_bundle(models: Path, folder: Path) -> Path:
     return archive
 
 
+def copy_device_package(folder: Path) -> Path:
+    """Copy what a device imports to `folder/edgeke`; returns that path."""
+    package, target = Path(edgeke.__file__).parent, folder / "edgeke"
+    shutil.copytree(
+        package / "device", target / "device", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("__init__.py", "errors.py"):
+        shutil.copyfile(package / name, target / name)
+    return target
+
+
 def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
@@ -64,7 +76,7 @@ def _check_replaceable(folder: Path) -> None:
 
 def _fill(target: Path, models: Path, networks: Sequence[Path]) -> None:
     package = Path(__file__).parent
-    (target / "edgeke" / "device").mkdir(parents=True)
+    target.mkdir()
     for file in [*networks, *sorted(models.glob("policy*.json"))]:
         shutil.copyfile(file, target / file.name)
     for manifest in sorted((models / "segments").glob("*/segments.json")):
@@ -72,8 +84,7 @@ def _fill(target: Path, models: Path, networks: Sequence[Path]) -> None:
         precision.mkdir(parents=True)
         for file in [manifest, *sorted(manifest.parent.glob("*.onnx"))]:
             shutil.copyfile(file, precision / file.name)
-    for file in [package / "__init__.py", *sorted((package / "device").glob("*.py"))]:
-        shutil.copyfile(file, target / "edgeke" / file.relative_to(package))
+    copy_device_package(target)
     licence = package.parent / "LICENSE"
     if licence.is_file():
         shutil.copyfile(licence, target / licence.name)

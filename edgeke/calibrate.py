@@ -163,7 +163,7 @@ def point_metrics(policy: Policy, validation: Answers) -> dict[str, float]:
             f"validation/{label}/accuracy": point.validation_accuracy,
             f"validation/{label}/cost_share": samples.result(point.thresholds, costs).cost,
             f"calibration/{label}/accuracy": point.accuracy,
-            f"calibration/{label}/loss": point.loss,
+            f"calibration/{label}/degradation": point.degradation,
             f"calibration/{label}/cost_share": point.expected_cost(costs),
             f"calibration/{label}/promised_cost_share": point.promised_cost(costs),
         }
@@ -183,7 +183,7 @@ def promised(policy: Policy, asked: Answer) -> float:
         return point.promised_cost(policy.cost_shares)
     if asked.kind == "min_accuracy":
         return 1 - point.promised("max_error", asked.delta, cap)
-    return point.promised("max_loss", asked.delta, cap)
+    return point.promised("max_degradation", asked.delta, cap)
 
 
 def tuning_of(policy: Policy) -> Tuning:
@@ -248,7 +248,7 @@ def check_composed(
 ) -> dict[str, float]:
     """Compare the file with the vectorised cascade: named points, forced exits, the vote and more.
 
-    Of the other points eight are taken, spread from cautious to bold. Runs up to 500 images of the
+    Of the other points eight are taken, spread from conservative to aggressive. Runs up to 500 images of the
     split that `answers` belongs to. Errors: InputError when exits differ away from ties or
     probabilities differ at all.
     """

@@ -1,11 +1,11 @@
-"""The error people see: bad input, described so that they can mend it."""
+"""The error people see: bad input, described so that they can fix it."""
 
 __all__ = ["InputError"]
 
 
 class InputError(ValueError):
-    """Something given to EdgeKE cannot be used; the message says what, where and what to do.
+    """A parameter, file, image, model or request cannot be used; the message says what to do.
 
-    Stages print it as one line without a traceback. Every other exception is a bug and keeps its
-    traceback.
+    Commands print it as one line without a traceback. Every other exception is a bug and keeps its
+    traceback. Part of the device's bundle: standard library only.
     """

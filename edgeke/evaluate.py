@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import edgeke
+from edgeke.bundle import copy_device_package
 from edgeke.data.dataset import Split
 from edgeke.device.policy import Policy, parse_policy
 from edgeke.device.scores import Score
 from edgeke.errors import InputError
 from edgeke.graph.parity import check_exits
-from edgeke.graph.runner import channels_last
 from edgeke.params import Evaluate
 from edgeke.policy.intervals import share_interval
 from edgeke.policy.samples import Samples
@@ -96,7 +95,6 @@ def evaluate(
             + (", emulated" if tier.quota else "")
             for tier in settings.tiers
         },
-        "energy": "not available" if tables.first["energy_mj"] is None else "measured",
     }
     return Evaluation(policies, tables.metrics, tables.frontier, tables.shares, device)
 
@@ -138,7 +136,9 @@ class _Tables:
                     row_of = {"point": label, "exit": f"exit {exit}", "share": share}
                     self.shares.append(row_of)
             self.metrics[f"test/{name}/voted"] = float((taken == exits).mean())
-            self.metrics[f"test/{name}/loss"] = float(samples.losses(point.thresholds).mean())
+            self.metrics[f"test/{name}/degradation"] = float(
+                samples.degradations(point.thresholds).mean()
+            )
         found = kept(policy, self.metrics, prefix)
         self.metrics |= found
         for point in policy.points:
@@ -168,8 +168,6 @@ class _Tables:
         for contender, by_size in self.measured["throughput"].items():
             for size, rate in by_size.items():
                 self.metrics[f"test/{_named(contender)}/images_per_second_batch_{size}"] = rate
-        for contender, millijoules in (self.first["energy_mj"] or {}).items():
-            self.metrics[f"test/{_named(contender)}/energy_mj"] = millijoules
 
     def _add(
         self, name: str, label: str, kind: str, timed: str, right: NDArray[np.bool_], macs: float
@@ -216,7 +214,11 @@ def kept(policy: Policy, metrics: Mapping[str, float], prefix: str = "") -> dict
     for asked in policy.requirements:
         if asked.point is None:
             continue
-        what = {"max_cost": "cost_share", "min_accuracy": "accuracy", "max_loss": "loss"}
+        what = {
+            "max_cost": "cost_share",
+            "min_accuracy": "accuracy",
+            "max_degradation": "degradation",
+        }
         value = metrics[f"test/{prefix}{asked.name}/{what[asked.kind]}"]
         held = value >= asked.bound if asked.kind == "min_accuracy" else value <= asked.bound
         found[f"test/{prefix}{asked.name}/kept"] = float(held)
@@ -231,11 +233,7 @@ def _measure(models: Path, test: Split, settings: Evaluate, folder: Path) -> dic
         (folder / "models" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(models / file, folder / "models" / file)
     shutil.copytree(models / "segments", folder / "models" / "segments")
-    source = Path(edgeke.__file__).parent
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(source / "device", folder / "edgeke" / "device", ignore=ignored)
-    shutil.copy(source / "__init__.py", folder / "edgeke")
-    np.save(folder / "images.npy", channels_last(test.images))
+    copy_device_package(folder)
     job = {
         "folder": "models",
         "models": files,

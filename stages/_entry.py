@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgeke import params
-from edgeke.device.errors import DeviceError
 from edgeke.errors import InputError
 from edgeke.files import write_json
 from edgeke.tracking.runs import Run, stage_run
@@ -29,7 +28,7 @@ def entry(slot: str, body: Body) -> int:
             metrics = body(loaded, run)
             write_json(Path("results") / slot / "metrics.json", metrics)
             run.metrics(metrics)
-    except (InputError, DeviceError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:

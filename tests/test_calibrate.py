@@ -26,8 +26,10 @@ from edgeke.params import Calibrate
 from edgeke.policy.certify import certify
 
 ASKED = tuple(
-    Requirement(**{**dict.fromkeys(("max_cost", "min_accuracy", "max_loss", "delta")), **asked})
-    for asked in ({"max_loss": 0.05}, {"min_accuracy": 0.99}, {"max_cost": 1.0})
+    Requirement(
+        **{**dict.fromkeys(("max_cost", "min_accuracy", "max_degradation", "delta")), **asked}
+    )
+    for asked in ({"max_degradation": 0.05}, {"min_accuracy": 0.99}, {"max_cost": 1.0})
 )
 SETTINGS = Calibrate("max_probability", (0.5, 0.5, 0.9), 0.05, 0.1, ASKED)
 MACS, MAIN = (60, 80, 110), 90
@@ -55,15 +57,24 @@ def test_named_points_and_requirements_are_reported():
     validation = drawn(0, 500)
     policy = fit(validation, drawn(1, 800))
     metrics = point_metrics(policy, validation)
-    assert list(policy.named) == ["full", "proportions", "default", "max_loss_0.05", "max_cost_1"]
+    assert list(policy.named) == [
+        "full",
+        "proportions",
+        "default",
+        "max_degradation_0.05",
+        "max_cost_1",
+    ]
     for label, point in policy.named.items():
         assert metrics[f"calibration/{label}/accuracy"] == point.accuracy
         expected = metrics[f"calibration/{label}/cost_share"]
         assert metrics[f"calibration/{label}/promised_cost_share"] >= expected - 1e-12
     assert metrics["validation/full/cost_share"] == pytest.approx(110 / 90)
-    assert metrics["calibration/max_loss_0.05/met"] == 1
-    assert metrics["calibration/max_loss_0.05/loss"] < metrics["calibration/max_loss_0.05/promised"]
-    assert metrics["calibration/max_loss_0.05/promised"] <= 0.05
+    assert metrics["calibration/max_degradation_0.05/met"] == 1
+    assert (
+        metrics["calibration/max_degradation_0.05/degradation"]
+        < metrics["calibration/max_degradation_0.05/promised"]
+    )
+    assert metrics["calibration/max_degradation_0.05/promised"] <= 0.05
     assert metrics["calibration/max_cost_1/promised"] <= 1
     assert metrics["calibration/min_accuracy_0.99/met"] == 0
     assert 0.5 < metrics["calibration/min_accuracy_0.99/nearest"] < 0.99
@@ -72,7 +83,7 @@ def test_named_points_and_requirements_are_reported():
 
 def test_the_default_answers_the_first_requirement_that_can_be_met():
     policy = fit(drawn(0, 500), drawn(1, 800))
-    assert policy.default == policy.named["max_loss_0.05"].name
+    assert policy.default == policy.named["max_degradation_0.05"].name
     costs = policy.cost_shares
     assert policy.point(policy.default).expected_cost(costs) < costs[-1]
 

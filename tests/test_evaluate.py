@@ -83,7 +83,7 @@ def test_accuracy_comes_from_the_file(built, evaluation, dataset, precision):
     metrics, prefix = evaluation.metrics, "test/" if precision == "fp32" else "test/int8/"
     probabilities = calibrated_probabilities(logits, policy.temperatures)
     scores = Score(policy.score, policy.score_weights).of(probabilities)
-    assert {"full", "proportions", "default", "max_loss_0.6"} == set(policy.named)
+    assert {"full", "proportions", "default", "max_degradation_0.6"} == set(policy.named)
     for label, point in policy.named.items():
         expected = run_cascade(probabilities, scores, point.thresholds, point.votes)
         assert metrics[f"{prefix}{label}/accuracy"] == pytest.approx(
@@ -93,8 +93,8 @@ def test_accuracy_comes_from_the_file(built, evaluation, dataset, precision):
         assert paid == pytest.approx(expected.shares(3))
         cost = np.dot(paid, MACS) / MAIN
         assert metrics[f"{prefix}{label}/cost_share"] == pytest.approx(cost)
-    held = metrics[f"{prefix}max_loss_0.6/loss"] <= 0.6
-    assert metrics[f"{prefix}max_loss_0.6/kept"] == float(held)
+    held = metrics[f"{prefix}max_degradation_0.6/degradation"] <= 0.6
+    assert metrics[f"{prefix}max_degradation_0.6/kept"] == float(held)
 
 
 def test_everything_is_timed_in_every_tier(evaluation):
@@ -135,16 +135,21 @@ def test_headline_names_every_precision_and_split(evaluation):
         f"{split}/{prefix}{name}/{what}": 0.5
         for split in ("validation", "calibration")
         for prefix in ("", "int8/")
-        for name in ("exit_0", "exit_1", "exit_2", "default", "max_loss_0.6")
+        for name in ("exit_0", "exit_1", "exit_2", "default", "max_degradation_0.6")
         for what in ("accuracy", "cost_share", "met")
     }
     headline = evaluation.headline(calibrated)
     for prefix in ("", "int8/"):
-        for key in ("default/accuracy", "exit_0/accuracy", "main/accuracy", "max_loss_0.6/kept"):
+        for key in (
+            "default/accuracy",
+            "exit_0/accuracy",
+            "main/accuracy",
+            "max_degradation_0.6/kept",
+        ):
             name = f"test/{prefix}{key}"
             assert headline[name] == evaluation.metrics[name]
         assert headline[f"validation/{prefix}exit_1/accuracy"] == 0.5
-        assert headline[f"calibration/{prefix}max_loss_0.6/met"] == 0.5
+        assert headline[f"calibration/{prefix}max_degradation_0.6/met"] == 0.5
 
 
 def test_a_quota_that_is_not_permitted_is_said_and_skipped(built, dataset, monkeypatch):
@@ -167,7 +172,9 @@ def test_a_device_behind_ssh_measures_the_same_accuracy(built, evaluation, datas
     there = replace(SETTINGS, device=server, python=sys.executable)
     found = evaluate(built[0], STATIC_MACS, dataset["test"], there)
     assert found.device["device"] == server
-    same = [key for key in evaluation.metrics if key.endswith(("accuracy", "loss", "share_0"))]
+    same = [
+        key for key in evaluation.metrics if key.endswith(("accuracy", "degradation", "share_0"))
+    ]
     assert {key: found.metrics[key] for key in same} == {k: evaluation.metrics[k] for k in same}
     assert found.metrics["test/int8/full/latency_ms_mean"] > 0
 
@@ -177,7 +184,7 @@ def test_kept_compares_each_requirement_with_its_own_number(built):
     asked = (
         Answer("max_cost_0.9", "max_cost", 0.9, 0.1, "full", None),
         Answer("min_accuracy_0.9", "min_accuracy", 0.9, 0.1, "full", None),
-        Answer("max_loss_0.1", "max_loss", 0.1, 0.1, None, 0.2),
+        Answer("max_degradation_0.1", "max_degradation", 0.1, 0.1, None, 0.2),
     )
     metrics = {"test/max_cost_0.9/cost_share": 0.95, "test/min_accuracy_0.9/accuracy": 0.95}
     assert kept(replace(policy, requirements=asked), metrics) == {

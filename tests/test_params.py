@@ -85,19 +85,19 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
         ("calibrate.requirements", [{}], ["requirements[0].max_cost", "exactly one"]),
         (
             "calibrate.requirements",
-            [{"max_loss": 0.1, "max_cost": 0.5}],
-            ["requirements[0]", "exactly one of max_cost, min_accuracy and max_loss"],
+            [{"max_degradation": 0.1, "max_cost": 0.5}],
+            ["requirements[0]", "exactly one of max_cost, min_accuracy and max_degradation"],
         ),
         (
             "calibrate.requirements",
-            [{"max_loss": 2}],
-            ["requirements[0].max_loss = 2.0", "between"],
+            [{"max_degradation": 2}],
+            ["requirements[0].max_degradation = 2.0", "between"],
         ),
         ("calibrate.requirements", [{"min_accuracy": 97}], ["requirements[0].min_accuracy"]),
         ("calibrate.requirements", [{"max_cost": 0}], ["requirements[0].max_cost", "above 0"]),
         (
             "calibrate.requirements",
-            [{"max_loss": 0.1, "delta": 0}],
+            [{"max_degradation": 0.1, "delta": 0}],
             ["requirements[0].delta", "between 0 and 1"],
         ),
         (
@@ -105,8 +105,12 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
             [{"max_cost": 0.9, "delta": 0.2}],
             ["requirements[0].delta", "set that"],
         ),
-        ("calibrate.requirements", [{"max_los": 0.1}], ["max_los", "did you mean `max_loss`"]),
-        ("calibrate.requirements", [{"max_loss": 0.1}] * 2, ["list each requirement once"]),
+        (
+            "calibrate.requirements",
+            [{"max_los": 0.1}],
+            ["max_los", "did you mean `max_degradation`"],
+        ),
+        ("calibrate.requirements", [{"max_degradation": 0.1}] * 2, ["list each requirement once"]),
         ("branchynet.layout", [], ["branchynet.layout"]),
         ("evaluate.device", "board", ["evaluate.device = 'board'", "ssh://user@host"]),
         ("evaluate.device", "ssh://board:port", ["evaluate.device", "ssh://user@host"]),
@@ -147,10 +151,10 @@ def test_a_layout_may_be_a_list(content):
 
 
 def test_requirements_have_names_for_metrics(content):
-    asked = [{"max_loss": 0.03, "delta": 0.1}, {"min_accuracy": 0.97}, {"max_cost": 1}]
+    asked = [{"max_degradation": 0.03, "delta": 0.1}, {"min_accuracy": 0.97}, {"max_cost": 1}]
     parsed = params.parse(put(content, "calibrate.requirements", asked))
     names = [of.name for of in parsed.calibrate.requirements]
-    assert names == ["max_loss_0.03_delta_0.1", "min_accuracy_0.97", "max_cost_1"]
+    assert names == ["max_degradation_0.03_delta_0.1", "min_accuracy_0.97", "max_cost_1"]
     assert flatten(parsed)["calibrate.requirements"] == ", ".join(names)
     assert [of.bound for of in parsed.calibrate.requirements] == [0.03, 0.97, 1.0]
 

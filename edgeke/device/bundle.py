@@ -7,8 +7,8 @@ from typing import Any
 
 import onnxruntime
 
-from edgeke.device.errors import DeviceError
 from edgeke.device.policy import Policy, parse_policy
+from edgeke.errors import InputError
 
 __all__ = ["PRECISIONS", "Bundle", "Carried", "find_bundle", "read_carried", "read_segments"]
 
@@ -41,29 +41,29 @@ class Carried:
 def find_bundle(path: Path, precision: str | None = None) -> Bundle:
     """The files of a bundle folder, or of a single `.onnx` file (which has no segments).
 
-    In a folder int8 is preferred where it is present. Errors: DeviceError when nothing is there,
+    In a folder int8 is preferred where it is present. Errors: InputError when nothing is there,
     or not the precision asked for.
     """
     if precision is not None and precision not in PRECISIONS:
-        raise DeviceError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+        raise InputError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     if path.is_file():
         of_name = {name: key for key, name in PRECISIONS.items()}.get(path.name)
         if precision not in (None, of_name):
-            raise DeviceError(
+            raise InputError(
                 f"{path} is one file, of precision {of_name or 'unknown'}; to choose "
                 f"{precision!r} give the folder it lies in"
             )
         return Bundle(path, of_name, None)
     if not path.is_dir():
-        raise DeviceError(f"{path} is missing; give a bundle folder or its .onnx file")
+        raise InputError(f"{path} is missing; give a bundle folder or its .onnx file")
     present = [key for key, name in PRECISIONS.items() if (path / name).is_file()]
     if not present:
-        raise DeviceError(
+        raise InputError(
             f"{path} holds no {' or '.join(PRECISIONS.values())}; copy the whole bundle, or give "
             "the .onnx file itself"
         )
     if precision is not None and precision not in present:
-        raise DeviceError(
+        raise InputError(
             f"{path} holds no {PRECISIONS[precision]}, only {', '.join(present)}; copy the file or "
             f"ask for precision={present[0]!r}"
         )
@@ -74,20 +74,20 @@ def find_bundle(path: Path, precision: str | None = None) -> Bundle:
 
 
 def read_carried(session: onnxruntime.InferenceSession, name: str) -> Carried:
-    """What an open one-file model carries. Errors: DeviceError for a foreign or damaged file."""
+    """What an open one-file model carries. Errors: InputError for a foreign or damaged file."""
     metadata = session.get_modelmeta().custom_metadata_map
     inputs = {tensor.name for tensor in session.get_inputs()}
     missing = {"policy", "classes", "image_shape"} - set(metadata)
     if missing or inputs != {"image", "thresholds", "votes"}:
-        raise DeviceError(
+        raise InputError(
             f"{name} is an ONNX model, but not one that EdgeKE composed: it lacks "
             f"{', '.join(sorted(missing)) or 'the inputs image, thresholds and votes'}; give "
             "edgeke.onnx or edgeke.int8.onnx"
         )
     try:
         policy = parse_policy(metadata["policy"])
-    except DeviceError as error:
-        raise DeviceError(f"{name}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
     classes, shape = _loaded(metadata["classes"]), _loaded(metadata["image_shape"])
     outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
     sound = (
@@ -99,7 +99,7 @@ def read_carried(session: onnxruntime.InferenceSession, name: str) -> Carried:
         and outputs.get("probabilities") == [1, len(classes)]
     )
     if not sound:
-        raise DeviceError(
+        raise InputError(
             f"{name} contradicts itself: its classes or image shape are not those of its graph; "
             "export it again"
         )
@@ -108,7 +108,7 @@ def read_carried(session: onnxruntime.InferenceSession, name: str) -> Carried:
 
 
 def read_segments(folder: Path, carried: Carried) -> list[Path]:
-    """The segments' files, shallow to deep. Errors: DeviceError when they are another model's."""
+    """The segments' files, shallow to deep. Errors: InputError when they are another model's."""
     path = folder / _MANIFEST
     try:
         content = json.loads(path.read_text())
@@ -120,11 +120,9 @@ def read_segments(folder: Path, carried: Carried) -> list[Path]:
             and tuple(content["image_shape"]) == carried.image_shape
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DeviceError(
-            f"{path} cannot be read ({error}); copy the whole bundle again"
-        ) from error
+        raise InputError(f"{path} cannot be read ({error}); copy the whole bundle again") from error
     if not same:
-        raise DeviceError(
+        raise InputError(
             f"{path} describes another model than the one file beside it; copy both from the same "
             "bundle"
         )

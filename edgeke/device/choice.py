@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edgeke.device.errors import DeviceError
 from edgeke.device.policy import OperatingPoint, Policy
+from edgeke.errors import InputError
 
 __all__ = ["Request", "UnmetError", "choose", "samples_needed"]
 
 
-class UnmetError(DeviceError):
+class UnmetError(InputError):
     """No operating point meets a request; `nearest` is the nearest attainable value."""
 
     def __init__(self, message: str, nearest: float | None) -> None:
@@ -23,14 +23,14 @@ class Request:
     """What is asked for; None where nothing is. Costs are in the unit of the device's own.
 
     `mean_cost`: the mean over many images, as promised. `deadline`: for every single image, by
-    leaving the exits out that are too deep. `min_accuracy`, `max_loss`: as promised with
+    leaving the exits out that are too deep. `min_accuracy`, `max_degradation`: as promised with
     probability 1 - `delta` (None: the policy's).
     """
 
     mean_cost: float | None = None
     deadline: float | None = None
     min_accuracy: float | None = None
-    max_loss: float | None = None
+    max_degradation: float | None = None
     delta: float | None = None
 
 
@@ -42,7 +42,7 @@ def choose(
     A mean cost or a deadline buys the most accuracy (on validation) that fits; accuracy or loss
     alone is bought as cheaply as possible. Nothing asked for gives the default. `worst` `[E]` are
     the costs a deadline is compared with (default: `costs`).
-    Errors: UnmetError, naming the nearest attainable value; DeviceError for a senseless request.
+    Errors: UnmetError, naming the nearest attainable value; InputError for a senseless request.
     """
     _check(request, costs, len(policy.macs))
     if request == Request(delta=request.delta):
@@ -68,14 +68,20 @@ def choose(
         if not left:
             raise _unmet(what, asked, best, policy, delta)
 
-    if request.max_loss is not None:
-        keep(request.max_loss, "max_loss", lambda p: p.promised("max_loss", delta, cap))
+    if request.max_degradation is not None:
+        keep(
+            request.max_degradation,
+            "max_degradation",
+            lambda p: p.promised("max_degradation", delta, cap),
+        )
     if request.min_accuracy is not None:
         error = 1 - request.min_accuracy
         keep(error, "min_accuracy", lambda p: p.promised("max_error", delta, cap))
     if request.mean_cost is not None:
         keep(request.mean_cost, "mean cost", lambda p: p.promised_cost(costs))
-    bought = request.mean_cost is not None or request.min_accuracy is request.max_loss is None
+    bought = (
+        request.mean_cost is not None or request.min_accuracy is request.max_degradation is None
+    )
     if bought:
         return max(left, key=lambda p: (p.validation_accuracy, -p.expected_cost(costs)))
     return min(left, key=lambda p: (p.expected_cost(costs), -p.validation_accuracy))
@@ -84,7 +90,7 @@ def choose(
 def samples_needed(epsilon: float, delta: float) -> int:
     """The least number of samples that can certify a rate of at most `epsilon`: none of them bad.
 
-    230 for 1 % at delta 0.1. Errors: DeviceError when either lies outside (0, 1).
+    230 for 1 % at delta 0.1. Errors: InputError when either lies outside (0, 1).
     """
     for name, value in (("epsilon", epsilon), ("delta", delta)):
         _check_probability(name, value)
@@ -117,7 +123,7 @@ def _unmet(what: str, asked: float, best: float, policy: Policy, delta: float) -
         )
     why = ""
     if what != "mean cost":
-        error = asked if what == "max_loss" else 1 - asked
+        error = asked if what == "max_degradation" else 1 - asked
         needed = samples_needed(error, delta)
         if policy.samples < needed:
             why = f"; {policy.samples} calibration samples are too few, it takes {needed}"
@@ -139,15 +145,15 @@ def _rounded(value: float, towards: Callable[[float], int]) -> str:
 
 def _check(request: Request, costs: Sequence[float], exits: int) -> None:
     if len(costs) != exits or any(b <= a for a, b in zip([0, *costs], costs, strict=False)):
-        raise DeviceError(
+        raise InputError(
             f"costs {list(costs)} must be {exits} positive numbers that increase from exit to exit;"
             " measure them again"
         )
     for name in ("mean_cost", "deadline"):
         value = getattr(request, name)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise DeviceError(f"{name} = {value!r} must be a positive number")
-    for name in ("min_accuracy", "max_loss", "delta"):
+            raise InputError(f"{name} = {value!r} must be a positive number")
+    for name in ("min_accuracy", "max_degradation", "delta"):
         value = getattr(request, name)
         if value is not None:
             _check_probability(name, value)
@@ -155,4 +161,4 @@ def _check(request: Request, costs: Sequence[float], exits: int) -> None:
 
 def _check_probability(name: str, value: float) -> None:
     if not 0 < value < 1:
-        raise DeviceError(f"{name} = {value!r} must lie between 0 and 1, such as 0.05")
+        raise InputError(f"{name} = {value!r} must lie between 0 and 1, such as 0.05")

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from edgeke.device.bundle import find_bundle, read_carried, read_segments
 from edgeke.device.choice import Request, UnmetError, choose
-from edgeke.device.errors import DeviceError
 from edgeke.device.images import check_image, check_images
 from edgeke.device.policy import OperatingPoint, force_exit
 from edgeke.device.profile import (
@@ -26,6 +25,7 @@ from edgeke.device.profile import (
 )
 from edgeke.device.segments import Segments
 from edgeke.device.session import open_session
+from edgeke.errors import InputError
 
 __all__ = ["Classifier", "Prediction"]
 
@@ -64,7 +64,7 @@ class Classifier:
 
     Images are uint8 `[H, W, C]` of the model's size, or `[H, W]` where C is 1. Requirements are
     `mean_latency_ms` (the mean over many images), `deadline_ms` (each image: exits whose 95th
-    percentile is later are left out), `min_accuracy` and `max_loss` (as promised, see
+    percentile is later are left out), `min_accuracy` and `max_degradation` (as promised, see
     docs/promises.md); any of them together, or none for the policy's default point. Several
     threads may share one classifier.
     """
@@ -73,10 +73,10 @@ class Classifier:
         """Open a bundle folder, or the single `.onnx` file, on `threads` threads (0: all cores).
 
         In a folder int8 is preferred where present; `precision` (`int8`, `fp32`) decides.
-        Errors: DeviceError when a file is missing, damaged or no model of EdgeKE.
+        Errors: InputError when a file is missing, damaged or no model of EdgeKE.
         """
         if not isinstance(threads, int) or isinstance(threads, bool) or threads < 0:
-            raise DeviceError(f"threads = {threads!r} must be 0 (all cores) or a positive integer")
+            raise InputError(f"threads = {threads!r} must be 0 (all cores) or a positive integer")
         self.bundle = find_bundle(Path(path), precision)
         self.threads = threads
         self._session = open_session(self.bundle.model, threads)
@@ -105,7 +105,7 @@ class Classifier:
         interleaved rounds (on a slow device fewer, at least 20), medians and 95th percentiles,
         made strictly increasing. `profile.json` holds one entry per file, threads, onnxruntime and
         machine; where it cannot be written, a warning says so and the costs stay in memory.
-        Errors: DeviceError for fewer than one round.
+        Errors: InputError for fewer than one round.
         """
         with self._profiling:
             return self._measure(rounds)
@@ -116,16 +116,16 @@ class Classifier:
         mean_latency_ms: float | None = None,
         deadline_ms: float | None = None,
         min_accuracy: float | None = None,
-        max_loss: float | None = None,
+        max_degradation: float | None = None,
     ) -> Prediction:
         """Answer one image within the requirements.
 
         The first call that asks for a latency measures the device (see `profile`), where nothing
-        was measured yet. Errors: UnmetError naming the nearest attainable value; DeviceError for an
+        was measured yet. Errors: UnmetError naming the nearest attainable value; InputError for an
         image or a requirement that makes no sense.
         """
         pixels = check_image(image, self.image_shape)
-        plan = self._plan(Request(mean_latency_ms, deadline_ms, min_accuracy, max_loss))
+        plan = self._plan(Request(mean_latency_ms, deadline_ms, min_accuracy, max_degradation))
         started = time.perf_counter()
         probabilities, exit = self._run(pixels, plan.thresholds, plan.votes)
         return self._prediction(probabilities, exit, time.perf_counter() - started, plan.point)
@@ -136,7 +136,7 @@ class Classifier:
         mean_latency_ms: float | None = None,
         deadline_ms: float | None = None,
         min_accuracy: float | None = None,
-        max_loss: float | None = None,
+        max_degradation: float | None = None,
     ) -> list[Prediction]:
         """Answer images `[N, H, W, C]`, or a list of images, as `predict` answers each.
 
@@ -147,7 +147,7 @@ class Classifier:
         once. Errors: as `predict`.
         """
         pixels = check_images(images, self.image_shape)
-        plan = self._plan(Request(mean_latency_ms, deadline_ms, min_accuracy, max_loss))
+        plan = self._plan(Request(mean_latency_ms, deadline_ms, min_accuracy, max_degradation))
         segments = self.open_segments() if len(pixels) else None
         started = time.perf_counter()
         if segments is not None:
@@ -166,13 +166,13 @@ class Classifier:
         """Each exit's answer for one image as soon as it is ready, shallow to deep.
 
         The next exit runs only when the next answer is asked for: stop at your own deadline, or
-        when an answer is sure enough. Errors: DeviceError without segments, or for an image that
+        when an answer is sure enough. Errors: InputError without segments, or for an image that
         does not fit, before anything runs.
         """
         pixels = check_image(image, self.image_shape)
         segments = self.open_segments()
         if segments is None:
-            raise DeviceError(
+            raise InputError(
                 f"a stream needs the segments, and there are none beside {self.bundle.model}; give "
                 "the bundle folder, with segments/ in it"
             )
@@ -203,7 +203,7 @@ class Classifier:
         """The segments, opened once, when first needed; None where there are none.
 
         Batches and streams call this; call it yourself to pay for loading before the first of them.
-        Errors: DeviceError when they are damaged or another model's.
+        Errors: InputError when they are damaged or another model's.
         """
         folder = self.bundle.segments
         if self._segments is None and folder is not None:
@@ -257,8 +257,8 @@ class Classifier:
             point = choose(self.policy, request, costs, measured.p95_ms if measured else None)
         except UnmetError as error:
             raise UnmetError(f"{error}{words}", error.nearest) from None
-        except DeviceError as error:
-            raise DeviceError(f"{error}{words}") from None
+        except InputError as error:
+            raise InputError(f"{error}{words}") from None
         limits, votes = (
             np.asarray(point.thresholds, np.float32),
             np.asarray(point.votes, np.float32),

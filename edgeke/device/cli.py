@@ -14,8 +14,8 @@ from edgeke.device.benchmark import benchmark
 from edgeke.device.bundle import PRECISIONS
 from edgeke.device.classifier import Classifier
 from edgeke.device.decode import read_image
-from edgeke.device.errors import DeviceError
 from edgeke.device.profile import Profile
+from edgeke.errors import InputError
 
 __all__ = ["main"]
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
             _predict(classifier, asked)
         else:
             _benchmark(classifier, asked.rounds)
-    except DeviceError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mean-latency-ms": "the mean over many images",
         "--deadline-ms": "for every image: leaves exits out that are too late",
         "--min-accuracy": "promised, such as 0.97",
-        "--max-loss": "promised, such as 0.03",
+        "--max-degradation": "promised, such as 0.03",
     }.items():
         predict.add_argument(name, type=float, help=words)
     predict.add_argument("--json", action="store_true", help="one JSON line per image")
@@ -86,10 +86,12 @@ def _info(classifier: Classifier) -> None:
         _print_costs(classifier.measured)
     print("\noperating points: cost in shares of the plain network, promises at most")
     wide = max(map(len, policy.named))
-    print(f"{'name':{wide}} {'cost':>7} {'accuracy':>9} {'max_loss':>9} {'max_error':>9}")
+    print(f"{'name':{wide}} {'cost':>7} {'accuracy':>9} {'max_degradation':>9} {'max_error':>9}")
     cap = len(policy.macs) - 1
     for label, point in policy.named.items():
-        bounds = [point.promised(kind, policy.delta, cap) for kind in ("max_loss", "max_error")]
+        bounds = [
+            point.promised(kind, policy.delta, cap) for kind in ("max_degradation", "max_error")
+        ]
         promises = [f"{bound:9.4f}" if math.isfinite(bound) else f"{'-':>9}" for bound in bounds]
         cost = point.expected_cost(policy.cost_shares)
         print(f"{label:{wide}} {cost:7.3f} {point.accuracy:9.4f} {' '.join(promises)}")
@@ -113,7 +115,7 @@ def _predict(classifier: Classifier, asked: argparse.Namespace) -> None:
             asked.mean_latency_ms,
             asked.deadline_ms,
             asked.min_accuracy,
-            asked.max_loss,
+            asked.max_degradation,
         )
         sure = float(answer.probabilities[answer.label])
         left = "the vote" if answer.exit == len(classifier.policy.macs) else f"exit {answer.exit}"

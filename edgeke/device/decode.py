@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeke.device.errors import DeviceError
 from edgeke.device.images import check_image
+from edgeke.errors import InputError
 
 __all__ = ["read_image"]
 
@@ -16,15 +16,15 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
     A picture is turned upright, scaled and cropped at the centre (bicubic, as the pipeline reads
     folders of images) and converted to grey or RGB; a `.npy` file must have the model's shape.
-    Errors: DeviceError, naming the file, when it cannot be read, does not fit, or needs Pillow.
+    Errors: InputError, naming the file, when it cannot be read, does not fit, or needs Pillow.
     """
     if path.suffix.lower() == ".npy":
         try:
             pixels = np.load(path)
         except FileNotFoundError:
-            raise DeviceError(f"{path} is missing") from None
+            raise InputError(f"{path} is missing") from None
         except (OSError, ValueError, EOFError) as error:
-            raise DeviceError(
+            raise InputError(
                 f"{path} cannot be read as an array ({error}); save it again"
             ) from error
         return check_image(pixels, shape, str(path))
@@ -35,7 +35,7 @@ def _read_picture(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise DeviceError(
+        raise InputError(
             f"{path} needs Pillow to be read: pip install pillow, or save the pixels with "
             "numpy.save and give the .npy file"
         ) from None
@@ -46,14 +46,14 @@ def _read_picture(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
             if picture.mode.startswith("I;16"):  # Pillow itself would clip at 255
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             elif picture.mode in ("I", "F"):
-                raise DeviceError(f"{path} has 32 bits per pixel; convert it to 8 or 16 bits")
+                raise InputError(f"{path} has 32 bits per pixel; convert it to 8 or 16 bits")
             if picture.size != (width, height):
                 picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
             pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
-    except DeviceError:
+    except InputError:
         raise
     except FileNotFoundError:
-        raise DeviceError(f"{path} is missing") from None
+        raise InputError(f"{path} is missing") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DeviceError(f"{path} cannot be read as an image ({error}); replace it") from error
+        raise InputError(f"{path} cannot be read as an image ({error}); replace it") from error
     return check_image(pixels, shape, str(path))

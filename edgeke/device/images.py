@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeke.device.errors import DeviceError
+from edgeke.errors import InputError
 
 __all__ = ["check_image", "check_images"]
 
@@ -17,33 +17,33 @@ def check_image(image: Any, shape: _Shape, name: str = "the image") -> NDArray[n
     """One image as uint8 `[H, W, C]`; `[H, W]` is taken where C is 1.
 
     Anything NumPy reads as an array will do. `name` is what errors call it.
-    Errors: DeviceError for another size, type or number of channels.
+    Errors: InputError for another size, type or number of channels.
     """
     try:
         pixels = np.asarray(image)
     except (ValueError, TypeError) as error:
-        raise DeviceError(f"{name} cannot be read as an array ({error})") from error
+        raise InputError(f"{name} cannot be read as an array ({error})") from error
     if pixels.dtype != np.uint8:
-        raise DeviceError(_wrong_type(pixels, name))
+        raise InputError(_wrong_type(pixels, name))
     if shape[2] == 1 and pixels.shape == shape[:2]:
         pixels = pixels[..., None]
     if pixels.shape != shape:
-        raise DeviceError(_wrong_shape(pixels.shape, shape, name))
+        raise InputError(_wrong_shape(pixels.shape, shape, name))
     return np.ascontiguousarray(pixels)
 
 
 def check_images(images: Any, shape: _Shape) -> NDArray[np.uint8]:
     """Images as uint8 `[N, H, W, C]`, from an array or a sequence of images.
 
-    `[N, H, W]` is taken where C is 1. Errors: DeviceError naming the first image that does not fit.
+    `[N, H, W]` is taken where C is 1. Errors: InputError naming the first image that does not fit.
     """
     if not isinstance(images, np.ndarray | Sequence):
-        raise DeviceError(
+        raise InputError(
             f"images are of type {type(images).__name__}; give an array [N, H, W, C] or a list of "
             "images"
         )
     if isinstance(images, np.ndarray) and images.shape in (shape, shape[:2]):
-        raise DeviceError(
+        raise InputError(
             f"images have the shape {_text(images.shape)} of a single image; use predict, or "
             "images[None] for a batch of one"
         )

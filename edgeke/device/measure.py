@@ -19,11 +19,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgeke.device.classifier import Classifier
-from edgeke.device.energy import Counter
-from edgeke.device.errors import DeviceError
 from edgeke.device.policy import Policy, force_exit, parse_policy
-from edgeke.device.quota import cpu_quota
 from edgeke.device.session import open_session
+from edgeke.errors import InputError
 
 __all__ = ["main", "measure", "peak_memory", "tier"]
 
@@ -88,7 +86,7 @@ def tier(job: dict[str, Any], number: int) -> dict[str, Any]:
     """Latencies and exits under one tier's threads and quota; energy in the first tier.
 
     Taken image by image over the first `latency_images` images, all contenders in a new order each
-    time, so that drift and cold caches hit them alike. Errors: DeviceError where the quota is not
+    time, so that drift and cold caches hit them alike. Errors: InputError where the quota is not
     permitted.
     """
     images, folder = np.load(job["images"])[: job["latency_images"]], Path(job["folder"])
@@ -108,16 +106,13 @@ def tier(job: dict[str, Any], number: int) -> dict[str, Any]:
             contenders[f"{precision}/exit_{exit}"] = run
     for name, file in job["static"].items():
         contenders[name] = _static(open_session(folder / file, threads))
-    with cpu_quota(setting["quota"]):
-        latencies, exits = _time(contenders, images, exits_of)
+    latencies, exits = _time(contenders, images, exits_of)
     deadline = job["deadline_ms"] or float(np.percentile(latencies["main"], 95))
     found: dict[str, Any] = {
         "latency_ms": {name: _summary(values, deadline) for name, values in latencies.items()},
         "exits": exits,
         "deadline_ms": deadline,
     }
-    if number == 0:
-        found["energy_mj"] = _energy(contenders, images)
     return found
 
 
@@ -130,7 +125,7 @@ def _tier_alone(job: dict[str, Any], number: int) -> dict[str, Any]:
     if done.returncode == 3:
         return {"unavailable": done.stderr.strip()}
     if done.returncode:
-        raise DeviceError(f"tier {job['tiers'][number]['name']} failed: {done.stderr.strip()}")
+        raise InputError(f"tier {job['tiers'][number]['name']} failed: {done.stderr.strip()}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -155,20 +150,6 @@ def _throughput(job: dict[str, Any], images: NDArray[np.uint8]) -> dict[str, dic
                 run(part)
             seconds = time.perf_counter() - started
             found[name][str(size)] = sum(map(len, parts)) / seconds
-    return found
-
-
-def _energy(contenders: dict[str, _Call], images: NDArray[np.uint8]) -> dict[str, float] | None:
-    """Millijoules of the package per image; None without a counter."""
-    counter = Counter()
-    if not counter.available:
-        return None
-    found = {}
-    for name, run in contenders.items():
-        before = counter.joules()
-        for image in images:
-            run(image[None])
-        found[name] = 1e3 * max(0.0, counter.joules() - before) / len(images)
     return found
 
 
@@ -220,7 +201,7 @@ def _force(
     run = _cascade(session, force_exit(exit, len(policy.macs)), policy.points[0].votes)
     answers = [run(image[None]) for image in images]
     if any(left[0] != exit for _, left in answers):
-        raise DeviceError(f"the model did not obey thresholds that force exit {exit}; export again")
+        raise InputError(f"the model did not obey thresholds that force exit {exit}; export again")
     return np.concatenate([probabilities for probabilities, _ in answers])
 
 
@@ -263,7 +244,7 @@ def _memory_of(model: str, threads: int) -> float:
     command = [sys.executable, "-m", "edgeke.device.measure", "--memory", model, str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise DeviceError(f"{model} cannot be run alone: {done.stderr.strip()}")
+        raise InputError(f"{model} cannot be run alone: {done.stderr.strip()}")
     return float(done.stdout)
 
 
@@ -289,7 +270,7 @@ def main(arguments: list[str]) -> int:
             return _print_tier(json.load(sys.stdin), int(arguments[1]))
         job = json.loads(Path(arguments[0]).read_text())
         result = measure(job)
-    except DeviceError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     (Path(job["out"]) / "measurements.json").write_text(json.dumps(result))
@@ -300,7 +281,7 @@ def _print_tier(job: dict[str, Any], number: int) -> int:
     """Print a tier's measurements; exit status 3 says that the machine does not permit it."""
     try:
         print(json.dumps(tier(job, number)))
-    except DeviceError as error:
+    except InputError as error:
         print(error, file=sys.stderr)
         return 3 if job["tiers"][number]["quota"] is not None else 1
     return 0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeke.device.errors import DeviceError
+from edgeke.errors import InputError
 
 __all__ = [
     "ALWAYS",
@@ -33,7 +33,7 @@ NEVER = 2.0
 class Promise:
     """With probability at least 1 - delta over the calibration draw, a rate is at most `bound`.
 
-    `kind` is `max_loss` (the full network is right and this point wrong) or `max_error` (it is
+    `kind` is `max_degradation` (the full network is right and this point wrong) or `max_error` (it is
     wrong). It is meant for requests that allow exits up to `cap`.
     """
 
@@ -62,7 +62,7 @@ class OperatingPoint:
     validation_accuracy: float
     accuracy: float
     accuracy_interval: tuple[float, float]
-    loss: float
+    degradation: float
     promises: tuple[Promise, ...]
 
     @property
@@ -94,7 +94,7 @@ class OperatingPoint:
 class Answer:
     """A requirement of calibration and the point that answers it (none: it cannot be met).
 
-    `kind` is `max_cost`, `min_accuracy` or `max_loss`; `nearest` is the nearest attainable bound
+    `kind` is `max_cost`, `min_accuracy` or `max_degradation`; `nearest` is the nearest attainable bound
     where it cannot be met.
     """
 
@@ -108,7 +108,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Policy:
-    """Score, temperatures `[E]`, MACs `[E]` and operating points, cautious to bold.
+    """Score, temperatures `[E]`, MACs `[E]` and operating points, conservative to aggressive.
 
     `score_weights` are the learned score's bias and weights per exit. `main_macs` are the plain
     main network's, of which costs are shares. `samples` counts the calibration split, `delta` is
@@ -141,12 +141,12 @@ class Policy:
         return {label: self.point(name) for label, name in wanted.items()}
 
     def point(self, name: str) -> OperatingPoint:
-        """The operating point of that name. Errors: DeviceError listing those there are."""
+        """The operating point of that name. Errors: InputError listing those there are."""
         for point in self.points:
             if point.name == name:
                 return point
         names = ", ".join(point.name for point in self.points)
-        raise DeviceError(f"no operating point {name!r}; use one of {names}")
+        raise InputError(f"no operating point {name!r}; use one of {names}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values with the schema's version; `parse_policy` reads them back."""
@@ -161,15 +161,15 @@ def force_exit(exit: int, exits: int) -> tuple[float, ...]:
 def parse_policy(text: str) -> Policy:
     """Read and check a policy.
 
-    Errors: DeviceError when it is of another schema, misses a key or contradicts itself.
+    Errors: InputError when it is of another schema, misses a key or contradicts itself.
     """
     try:
         content = json.loads(text)
         schema = content.pop("schema")
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise DeviceError(f"not an EdgeKE policy ({error}); export the model again") from error
+        raise InputError(f"not an EdgeKE policy ({error}); export the model again") from error
     if schema != SCHEMA:
-        raise DeviceError(
+        raise InputError(
             f"policy schema {schema!r} is not {SCHEMA}, which this version of EdgeKE reads; "
             "use the edgeke.device that belongs to the model"
         )
@@ -180,18 +180,18 @@ def parse_policy(text: str) -> Policy:
         policy = Policy(points=points, requirements=asked, **rest)
         _check(policy)
     except (KeyError, TypeError, AttributeError) as error:
-        raise DeviceError(f"policy is incomplete ({error}); export the model again") from error
+        raise InputError(f"policy is incomplete ({error}); export the model again") from error
     return policy
 
 
 def read_policy(path: Path) -> Policy:
-    """Read a policy file. Errors: DeviceError when it is missing or not a policy."""
+    """Read a policy file. Errors: InputError when it is missing or not a policy."""
     try:
         return parse_policy(path.read_text())
     except FileNotFoundError:
-        raise DeviceError(f"{path} is missing; copy the whole model folder") from None
-    except (OSError, UnicodeDecodeError, DeviceError) as error:
-        raise DeviceError(f"{path}: {error}") from error
+        raise InputError(f"{path} is missing; copy the whole model folder") from None
+    except (OSError, UnicodeDecodeError, InputError) as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _point(content: dict[str, Any]) -> OperatingPoint:
@@ -216,7 +216,7 @@ def _check(policy: Policy) -> None:
         lists = [point.thresholds, point.votes, point.shares, point.reach_upper]
         lengths += [len(values) for values in lists]
         numbers += [number for values in lists for number in values]
-        numbers += [point.voted, point.accuracy, *point.accuracy_interval, point.loss]
+        numbers += [point.voted, point.accuracy, *point.accuracy_interval, point.degradation]
         numbers += [point.validation_accuracy]
         numbers += [value for p in point.promises for value in (p.bound, p.delta, p.cap)]
     named = {point.name for point in policy.points}
@@ -232,7 +232,7 @@ def _check(policy: Policy) -> None:
         and len(named) == len(policy.points) > 0
     )
     if not sound:
-        raise DeviceError(
+        raise InputError(
             f"policy contradicts itself: lists must have {exits} finite numbers, costs must "
             "increase, names must differ; export the model again"
         )

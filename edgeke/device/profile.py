@@ -12,8 +12,8 @@ from typing import Any
 
 import onnxruntime
 
-from edgeke.device.errors import DeviceError
 from edgeke.device.timing import summary, time_interleaved
+from edgeke.errors import InputError
 
 __all__ = ["Conditions", "Profile", "measure_costs", "read_profile", "write_profile"]
 
@@ -59,10 +59,10 @@ def measure_costs(run: Callable[[int], Any], exits: int, rounds: int) -> Profile
     """Measure `run(exit)` for every exit: warmed up, interleaved, in up to `rounds` rounds.
 
     After five seconds 20 rounds are enough, so a slow device is not held up.
-    Errors: DeviceError for fewer than one round.
+    Errors: InputError for fewer than one round.
     """
     if rounds < 1:
-        raise DeviceError(f"rounds = {rounds!r} must be at least 1")
+        raise InputError(f"rounds = {rounds!r} must be at least 1")
 
     def forced(exit: int) -> Callable[[], Any]:
         return lambda: run(exit)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from edgeke.device.errors import DeviceError
+from edgeke.errors import InputError
 
 __all__ = ["open_session"]
 
@@ -12,7 +12,7 @@ __all__ = ["open_session"]
 def open_session(model: Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
     """A CPU session on `threads` threads that does not spin while idle.
 
-    Spinning pools of several sessions starve each other. Errors: DeviceError when the file is
+    Spinning pools of several sessions starve each other. Errors: InputError when the file is
     missing or not a whole ONNX model.
     """
     options = onnxruntime.SessionOptions()
@@ -22,7 +22,7 @@ def open_session(model: Path | bytes, threads: int = 1) -> onnxruntime.Inference
     options.log_severity_level = 3
     name = str(model) if isinstance(model, Path) else "the model"
     if isinstance(model, Path) and not model.is_file():
-        raise DeviceError(f"{model} is missing; copy the model to the device")
+        raise InputError(f"{model} is missing; copy the model to the device")
     try:
         return onnxruntime.InferenceSession(
             str(model) if isinstance(model, Path) else model,
@@ -30,6 +30,6 @@ def open_session(model: Path | bytes, threads: int = 1) -> onnxruntime.Inference
             providers=["CPUExecutionProvider"],
         )
     except Exception as error:  # ONNX Runtime raises classes of its own, below Exception
-        raise DeviceError(
+        raise InputError(
             f"{name} is truncated or not an ONNX model ({error}); copy or export it again"
         ) from error

@@ -27,7 +27,7 @@ class Candidate:
     thresholds: tuple[float, ...]
 
 
-# For each objective and cap: candidates from cautious to bold.
+# For each objective and cap: candidates from conservative to aggressive.
 Sequences = dict[tuple[Objective, int], tuple[Candidate, ...]]
 
 
@@ -35,7 +35,7 @@ def propose(samples: Samples, costs: Sequence[float], step: float) -> Sequences:
     """For every cap and every budget on a grid, the most accurate and the least lossy thresholds.
 
     `costs` `[E]`; budgets are the multiples of `step` between the first exit's cost and the cap's,
-    largest first, so that each sequence runs from cautious to bold. Without a cap the least lossy
+    largest first, so that each sequence runs from conservative to aggressive. Without a cap the least lossy
     sequence begins with `full`, which loses nothing. Neighbours may be equal.
     """
     exits = len(samples.scores)
@@ -45,7 +45,7 @@ def propose(samples: Samples, costs: Sequence[float], step: float) -> Sequences:
         name = "full" if cap == exits - 1 else f"exit_{cap}"
         always = Candidate(name, tuple(ALWAYS if e >= cap else NEVER for e in range(exits)))
         if cap == 0:
-            found["accuracy", 0] = found["loss", 0] = (always,)
+            found["accuracy", 0] = found["degradation", 0] = (always,)
             continue
         suffix = "" if cap == exits - 1 else f"_by_exit_{cap}"
         for objective in OBJECTIVES:
@@ -54,11 +54,11 @@ def propose(samples: Samples, costs: Sequence[float], step: float) -> Sequences:
             for budget in reversed(budgets(costs[0], costs[cap], step)):
                 thresholds = solver.within(budget)
                 result = samples.result(thresholds, costs)
-                worth = result.accuracy if objective == "accuracy" else -result.loss
+                worth = result.accuracy if objective == "accuracy" else -result.degradation
                 if kept is None or worth >= most:  # what a smaller budget bought is still for sale
                     kept, most = thresholds, worth
                 fitted.append(Candidate(f"{objective}_{budget:.3f}{suffix}", kept))
-            first = [always] if objective == "loss" and cap == exits - 1 else []
+            first = [always] if objective == "degradation" and cap == exits - 1 else []
             found[objective, cap] = (*first, *reversed(fitted))
     return found
 

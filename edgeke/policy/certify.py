@@ -77,7 +77,7 @@ def certify(
                 validation_accuracy=frozen.validation_accuracy[candidate.name],
                 accuracy=1 - wrong / len(labels),
                 accuracy_interval=share_interval(len(labels) - wrong, len(labels)),
-                loss=float(samples.losses(candidate.thresholds).mean()),
+                degradation=float(samples.degradations(candidate.thresholds).mean()),
                 promises=promises.get(candidate.thresholds, ()),
             )
         )
@@ -105,8 +105,8 @@ def _promises(
     """The promises of every candidate's thresholds; a later equal one adds nothing."""
     found: dict[tuple[float, ...], dict[tuple[str, float, int], Promise]] = {}
     for (objective, cap), sequence in sequences.items():
-        kind = "max_loss" if objective == "loss" else "max_error"
-        judge = samples.losses if objective == "loss" else samples.wrong
+        kind = "max_degradation" if objective == "degradation" else "max_error"
+        judge = samples.degradations if objective == "degradation" else samples.wrong
         bad = np.stack([judge(candidate.thresholds) for candidate in sequence])
         for delta in deltas:
             for candidate, bound in zip(sequence, running_bounds(bad, delta), strict=True):

@@ -26,7 +26,7 @@ def certified_prefix(bad: NDArray[np.bool_], epsilon: float, delta: float) -> in
     Learn then Test (Angelopoulos et al. 2021): for each candidate the exact binomial p-value of
     "the rate exceeds epsilon", tested in the given order until the first that stays above `delta`
     (fixed-sequence testing: with probability at least 1 - delta no certified candidate is bad).
-    `bad` `[M, N]`, cautious to bold. Errors: InputError when epsilon or delta lies outside (0, 1).
+    `bad` `[M, N]`, conservative to aggressive. Errors: InputError when epsilon or delta lies outside (0, 1).
     """
     _check_probability("epsilon", epsilon)
     _check_probability("delta", delta)

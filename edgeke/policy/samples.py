@@ -13,8 +13,8 @@ from edgeke.policy.cascade import leave_at
 
 __all__ = ["OBJECTIVES", "Objective", "Result", "Samples", "check_costs", "check_logits"]
 
-Objective = Literal["accuracy", "loss"]
-OBJECTIVES: tuple[Objective, ...] = ("accuracy", "loss")
+Objective = Literal["accuracy", "degradation"]
+OBJECTIVES: tuple[Objective, ...] = ("accuracy", "degradation")
 
 _LEAST = 1e-12  # probability below which every miss is equally bad
 
@@ -24,7 +24,7 @@ class Result:
     """Means over samples: accuracy, loss (full network right, answer wrong), and cost."""
 
     accuracy: float
-    loss: float
+    degradation: float
     cost: float
 
 
@@ -54,10 +54,10 @@ class Samples:
         return cls(scores, answers.argmax(axis=-1) == labels, np.log(of_label + _LEAST))
 
     @property
-    def lost(self) -> NDArray[np.bool_]:
+    def degraded(self) -> NDArray[np.bool_]:
         """Where the full network is right and the answer wrong, `[E + 1, N]`."""
-        lost: NDArray[np.bool_] = self.correct[len(self.scores) - 1] & ~self.correct
-        return lost
+        degraded: NDArray[np.bool_] = self.correct[len(self.scores) - 1] & ~self.correct
+        return degraded
 
     def gain(self, objective: Objective) -> NDArray[np.float64]:
         """What an answer is worth, `[E + 1, N]`: one for a right one, or minus one for a lost one.
@@ -65,7 +65,7 @@ class Samples:
         Equal sums, common on few samples, are decided by the likelihood of the labels: it is scaled
         so that over all samples it cannot outweigh a single answer.
         """
-        worth = self.correct if objective == "accuracy" else -self.lost.astype(np.float64)
+        worth = self.correct if objective == "accuracy" else -self.degraded.astype(np.float64)
         gain: NDArray[np.float64] = worth + self.log_likelihood / (
             -np.log(_LEAST) * 1.1 * self.correct.shape[1]
         )
@@ -79,16 +79,16 @@ class Samples:
         """Which samples are answered wrong, `[N]`."""
         return ~self._pick(self.correct, thresholds)
 
-    def losses(self, thresholds: Sequence[float]) -> NDArray[np.bool_]:
+    def degradations(self, thresholds: Sequence[float]) -> NDArray[np.bool_]:
         """Which samples the full network answers right and the thresholds wrong, `[N]`."""
-        return self._pick(self.lost, thresholds)
+        return self._pick(self.degraded, thresholds)
 
     def result(self, thresholds: Sequence[float], costs: Sequence[float]) -> Result:
         """What thresholds `[E]` give at costs `[E]`; voted samples pay for the last exit."""
         paid = np.minimum(self.exits(thresholds), len(self.scores) - 1)
         return Result(
             float(1 - self.wrong(thresholds).mean()),
-            float(self.losses(thresholds).mean()),
+            float(self.degradations(thresholds).mean()),
             float(np.asarray(costs, np.float64)[paid].mean()),
         )
 

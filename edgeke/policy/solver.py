@@ -96,7 +96,7 @@ class Solver:
 
         thresholds = self._refine(best)
         result = self._samples.result(thresholds, self._costs)
-        reached = result.accuracy if self._objective == "accuracy" else -result.loss
+        reached = result.accuracy if self._objective == "accuracy" else -result.degradation
         if reached < floor - 1e-9:
             raise InputError(
                 f"{floor:.4g} cannot be reached: the best on these samples is {reached:.4g} at a "

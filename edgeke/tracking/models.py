@@ -3,25 +3,20 @@
 import contextlib
 import hashlib
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-import edgeke
+from edgeke.bundle import copy_device_package
 from edgeke.device.bundle import PRECISIONS
 from edgeke.device.classifier import Classifier
 from edgeke.params import Params
 from edgeke.tracking.outbox import Address
 from edgeke.tracking.store import locked, project_root
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["MODEL", "PRECISION", "log_model", "model_name"]
 
@@ -29,7 +24,7 @@ MODEL = "edgeke.model"  # tag of a parent run: `<registered model>/<version>`
 PRECISION = "edgeke.precision"  # tag of a version: int8 or fp32
 _CONTENT = "edgeke.sha256"  # tag of a version
 _GLOBAL = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")  # what MLflow's functions set
-_REQUIREMENTS = ("min_accuracy", "max_loss", "mean_latency_ms", "deadline_ms")
+_REQUIREMENTS = ("min_accuracy", "max_degradation", "mean_latency_ms", "deadline_ms")
 
 
 def model_name(params: Params) -> str:
@@ -93,7 +88,7 @@ def _register(address: Address, file: Path, name: str) -> str:
             registered_model_name=name,
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={"onnx": str(file)},
-            code_paths=[str(_device_room(Path(folder)))],
+            code_paths=[str(copy_device_package(Path(folder)))],
             pip_requirements=[f"{of}=={version(of)}" for of in ("mlflow", "numpy", "onnxruntime")],
             signature=signature,
             input_example=np.zeros((1, *shape), np.uint8),
@@ -118,12 +113,3 @@ def _globally(address: Address) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-def _device_room(folder: Path) -> Path:
-    """A package `edgeke` with nothing but what runs on a device."""
-    source, target = Path(edgeke.__file__).parent, folder / "edgeke"
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(source / "device", target / "device", ignore=ignored)
-    shutil.copy(source / "__init__.py", target)
-    return target

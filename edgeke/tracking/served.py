@@ -12,7 +12,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
 from edgeke.device.classifier import Classifier
-from edgeke.device.errors import DeviceError
+from edgeke.errors import InputError
 
 __all__ = ["Served"]
 
@@ -34,7 +34,7 @@ class Served(PythonModel):
         asked = {key: value for key, value in (params or {}).items() if value is not None}
         try:
             answers = [self.classifier.predict(image, **asked) for image in np.asarray(model_input)]
-        except DeviceError as error:
+        except InputError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
         return pd.DataFrame(
             {

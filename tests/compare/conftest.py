@@ -15,7 +15,7 @@ from edgeke.compare.rows import PipelineRun
 from edgeke.tracking.runs import stage_run
 from edgeke.tracking.store import project_root, store_uri
 
-ASKED = "max_loss_0.03_delta_0.1"
+ASKED = "max_degradation_0.03_delta_0.1"
 
 
 @pytest.fixture

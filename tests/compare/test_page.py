@@ -38,9 +38,9 @@ def test_dots_on_one_spot_share_their_ranks(rankings):
     found = values(cost_picture(rankings[0]))
     assert [(v["point"], v["ranks"]) for v in found] == [
         ("default", "1, 2"),
-        ("max_loss_0.03_delta_0.1", "1, 2"),
+        ("max_degradation_0.03_delta_0.1", "1, 2"),
         ("default", ""),
-        ("max_loss_0.03_delta_0.1", ""),
+        ("max_degradation_0.03_delta_0.1", ""),
     ]
 
 

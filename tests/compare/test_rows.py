@@ -123,10 +123,10 @@ def test_a_seed_without_the_main_exit_does_not_lower_it(make_run):
 
 def test_met_counts_seeds(make_run):
     refused = make_run(0.9, 1)
-    refused.metrics["calibration/max_loss_0.03_delta_0.1/met"] = 0.0
+    refused.metrics["calibration/max_degradation_0.03_delta_0.1/met"] = 0.0
     (row,) = only(rank([make_run(0.9, 0), refused])).rows
-    assert row.requirements == ("max_loss_0.03_delta_0.1",)
-    assert row.met("max_loss_0.03_delta_0.1") == (1, 2)
+    assert row.requirements == ("max_degradation_0.03_delta_0.1",)
+    assert row.met("max_degradation_0.03_delta_0.1") == (1, 2)
     assert row.met("max_cost_0.9") is None
 
 

@@ -4,7 +4,7 @@ from edgeke.compare.columns import columns, labels, notes, variants
 from edgeke.compare.rows import rank
 from edgeke.compare.table import render
 
-ASKED = "max_loss_0.03_delta_0.1"
+ASKED = "max_degradation_0.03_delta_0.1"
 
 
 def cells(ranking, heading, name, detailed=False):

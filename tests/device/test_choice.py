@@ -4,8 +4,8 @@ import pytest
 from toys import replace
 
 from edgeke.device.choice import Request, UnmetError, choose
-from edgeke.device.errors import DeviceError
 from edgeke.device.policy import OperatingPoint, Policy, Promise
+from edgeke.errors import InputError
 
 COSTS = (1.0, 2.0, 4.0)  # milliseconds
 
@@ -19,13 +19,13 @@ def point(name, thresholds, shares, reach, accuracy, *promises) -> OperatingPoin
 
 POINTS = (
     point("full", (2, 2, -1), (0, 0, 1), (1, 1, 1), 0.95,
-          ("max_loss", 0.01, 0.1, 2), ("max_error", 0.06, 0.1, 2)),
+          ("max_degradation", 0.01, 0.1, 2), ("max_error", 0.06, 0.1, 2)),
     point("middle", (0.9, 0.9, -1), (0.5, 0.3, 0.2), (1, 0.6, 0.3), 0.94,
-          ("max_loss", 0.02, 0.1, 2), ("max_error", 0.08, 0.1, 2), ("max_loss", 0.04, 0.01, 2)),
+          ("max_degradation", 0.02, 0.1, 2), ("max_error", 0.08, 0.1, 2), ("max_degradation", 0.04, 0.01, 2)),
     point("two", (0.8, -1, -1), (0.6, 0.4, 0), (1, 0.5, 0), 0.91,
-          ("max_loss", 0.05, 0.1, 1), ("max_error", 0.1, 0.1, 1)),
+          ("max_degradation", 0.05, 0.1, 1), ("max_error", 0.1, 0.1, 1)),
     point("fast", (-1, -1, -1), (1, 0, 0), (1, 0, 0), 0.85,
-          ("max_loss", 0.1, 0.1, 2), ("max_loss", 0.09, 0.1, 0), ("max_error", 0.2, 0.1, 2)),
+          ("max_degradation", 0.1, 0.1, 2), ("max_degradation", 0.09, 0.1, 0), ("max_error", 0.2, 0.1, 2)),
 )  # fmt: skip
 POLICY = Policy("margin", (), (1.0, 1.0, 1.0), (10, 20, 40), 32, 500, 0.1, POINTS, (), "middle")
 
@@ -53,20 +53,20 @@ def test_a_mean_cost_buys_accuracy_by_the_promised_cost():
 
 
 def test_accuracy_and_loss_are_bought_cheaply():
-    assert chosen(max_loss=0.01) == "full"
-    assert chosen(max_loss=0.03) == "middle"
-    assert chosen(max_loss=0.5) == "fast"
+    assert chosen(max_degradation=0.01) == "full"
+    assert chosen(max_degradation=0.03) == "middle"
+    assert chosen(max_degradation=0.5) == "fast"
     assert chosen(min_accuracy=0.92) == "middle"
     assert chosen(min_accuracy=0.93) == "full"
-    assert chosen(max_loss=0.02, min_accuracy=0.93) == "full"
+    assert chosen(max_degradation=0.02, min_accuracy=0.93) == "full"
 
 
 def test_a_smaller_risk_needs_its_own_promise():
-    assert chosen(max_loss=0.04, delta=0.01) == "middle"
+    assert chosen(max_degradation=0.04, delta=0.01) == "middle"
     with pytest.raises(UnmetError, match="nearest attainable is 0.04"):
-        chosen(max_loss=0.03, delta=0.01)
+        chosen(max_degradation=0.03, delta=0.01)
     with pytest.raises(UnmetError, match=r"certified promises for delta 0\.01, 0\.1"):
-        chosen(max_loss=0.03, delta=0.001)
+        chosen(max_degradation=0.03, delta=0.001)
 
 
 def test_a_deadline_leaves_deep_exits_out():
@@ -80,16 +80,16 @@ def test_a_deadline_leaves_deep_exits_out():
 def test_a_deadline_that_no_point_was_made_for():
     deep = replace(POLICY, points=POINTS[:2])
     with pytest.raises(UnmetError, match=r"no operating point stops that early; .* is 4") as caught:
-        choose(deep, Request(deadline=1.5, max_loss=0.05), COSTS)
+        choose(deep, Request(deadline=1.5, max_degradation=0.05), COSTS)
     assert caught.value.nearest == 4
 
 
 def test_promises_under_a_deadline_are_its_own():
-    assert chosen(deadline=3.0, max_loss=0.05) == "two"
+    assert chosen(deadline=3.0, max_degradation=0.05) == "two"
     # `fast` promises 10 % among all exits and 9 % when only exit 0 is allowed; none for cap 1.
-    assert chosen(deadline=1.5, max_loss=0.09) == "fast"
-    with pytest.raises(UnmetError, match=r"max_loss 0\.04 .* nearest attainable is 0\.05"):
-        chosen(deadline=3.0, max_loss=0.04)
+    assert chosen(deadline=1.5, max_degradation=0.09) == "fast"
+    with pytest.raises(UnmetError, match=r"max_degradation 0\.04 .* nearest attainable is 0\.05"):
+        chosen(deadline=3.0, max_degradation=0.04)
 
 
 def test_the_nearest_is_named_and_returned():
@@ -100,12 +100,12 @@ def test_the_nearest_is_named_and_returned():
         chosen(min_accuracy=0.99)
     assert caught.value.nearest == pytest.approx(0.94)
     with pytest.raises(UnmetError, match=r"500 calibration samples are too few, it takes 2302;"):
-        chosen(max_loss=0.001)
+        chosen(max_degradation=0.001)
     with pytest.raises(UnmetError, match="the first exit alone takes 1"):
         chosen(deadline=0.5)
     # With a loss to keep, cheaper than `middle` is out of reach.
     with pytest.raises(UnmetError, match=r"nearest attainable is 2\.2"):
-        chosen(mean_cost=1.5, max_loss=0.03)
+        chosen(mean_cost=1.5, max_degradation=0.03)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.2345678, 0.0123456, 98765.4321, 1 / 3])
@@ -127,18 +127,18 @@ def test_the_nearest_as_it_is_written_can_be_asked_for(scale):
         ({"mean_cost": 0}, "mean_cost = 0 must be a positive"),
         ({"deadline": float("nan")}, "deadline = nan must be"),
         ({"min_accuracy": 97}, "min_accuracy = 97 must lie between 0 and 1"),
-        ({"max_loss": 0}, "max_loss = 0 must lie"),
-        ({"max_loss": 0.1, "delta": 1}, "delta = 1 must lie"),
+        ({"max_degradation": 0}, "max_degradation = 0 must lie"),
+        ({"max_degradation": 0.1, "delta": 1}, "delta = 1 must lie"),
     ],
 )
 def test_senseless_requests_are_refused(asked, words):
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(InputError, match=words):
         chosen(**asked)
 
 
 def test_costs_must_increase():
     for costs in ((1, 2), (2, 1, 3), (0, 1, 2)):
-        with pytest.raises(DeviceError, match="must be 3 positive numbers that increase"):
+        with pytest.raises(InputError, match="must be 3 positive numbers that increase"):
             choose(POLICY, Request(), costs)
 
 

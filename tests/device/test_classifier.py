@@ -12,9 +12,9 @@ from toys import CLASSES, SIZE, replace
 from edgeke.device import classifier as module
 from edgeke.device.choice import UnmetError
 from edgeke.device.classifier import Classifier
-from edgeke.device.errors import DeviceError
 from edgeke.device.policy import force_exit
 from edgeke.device.profile import Profile
+from edgeke.errors import InputError
 
 COSTS = Profile((1.0, 2.0, 4.0), (1.5, 3.0, 9.0), 20)
 
@@ -127,22 +127,22 @@ def test_a_stream_runs_no_further_than_it_is_read(classifier, images, monkeypatc
 
 
 def test_a_stream_needs_segments(bundle, images):
-    with pytest.raises(DeviceError, match=r"a stream needs the segments.*bundle folder"):
+    with pytest.raises(InputError, match=r"a stream needs the segments.*bundle folder"):
         Classifier(bundle / "edgeke.onnx").stream(images[0])
     shutil.rmtree(bundle / "segments")
-    with pytest.raises(DeviceError, match="a stream needs the segments"):
+    with pytest.raises(InputError, match="a stream needs the segments"):
         Classifier(bundle).stream(images[0])
 
 
 def test_a_stream_refuses_bad_images_at_once(classifier):
-    with pytest.raises(DeviceError, match="not uint8"):
+    with pytest.raises(InputError, match="not uint8"):
         classifier.stream(np.zeros((SIZE, SIZE)))
 
 
 def test_a_latency_measures_the_device_once(classifier, images, monkeypatch):
     with_costs(classifier, monkeypatch)
     classifier.predict(images[0])
-    classifier.predict(images[0], max_loss=0.9)
+    classifier.predict(images[0], max_degradation=0.9)
     assert classifier.calls == []
     answer = classifier.predict(images[0], mean_latency_ms=1.0)
     assert answer.point.deepest == 0
@@ -172,7 +172,7 @@ def test_what_cannot_be_met_names_the_nearest(classifier, images, monkeypatch):
     assert classifier.predict(images[0], mean_latency_ms=caught.value.nearest)
     with pytest.raises(UnmetError, match=r"min_accuracy 0\.999 cannot be promised") as caught:
         classifier.predict(images[0], min_accuracy=0.999)
-    with pytest.raises(DeviceError, match=r"must be a positive number.*mean_latency_ms"):
+    with pytest.raises(InputError, match=r"must be a positive number.*mean_latency_ms"):
         classifier.predict_batch(images, mean_latency_ms=-1)
 
 
@@ -199,13 +199,13 @@ def test_int8_is_preferred_and_fp32_can_be_asked_for(bundle):
     ],
 )
 def test_what_is_no_bundle_is_refused(bundle, path, precision, words):
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(InputError, match=words):
         Classifier(bundle / path, precision)
 
 
 @pytest.mark.parametrize("threads", [-1, 1.5, True, "2"])
 def test_threads_are_checked(bundle, threads):
-    with pytest.raises(DeviceError, match="threads = .* must be 0"):
+    with pytest.raises(InputError, match="threads = .* must be 0"):
         Classifier(bundle, threads=threads)
 
 
@@ -214,7 +214,7 @@ def test_a_truncated_file_is_refused(bundle, kept):
     whole = (bundle / "edgeke.onnx").read_bytes()
     size = kept if isinstance(kept, int) else int(kept * len(whole))
     (bundle / "edgeke.onnx").write_bytes(whole[:size])
-    with pytest.raises(DeviceError, match=r"edgeke\.onnx is truncated or not an ONNX model"):
+    with pytest.raises(InputError, match=r"edgeke\.onnx is truncated or not an ONNX model"):
         Classifier(bundle)
 
 
@@ -223,10 +223,10 @@ def test_truncated_segments_are_refused(bundle, images):
     segment.write_bytes(segment.read_bytes()[:-500])
     classifier = Classifier(bundle)
     assert classifier.predict(images[0])
-    with pytest.raises(DeviceError, match=r"1\.onnx is truncated"):
+    with pytest.raises(InputError, match=r"1\.onnx is truncated"):
         classifier.predict_batch(images)
     segment.unlink()
-    with pytest.raises(DeviceError, match=r"1\.onnx is missing"):
+    with pytest.raises(InputError, match=r"1\.onnx is missing"):
         Classifier(bundle).stream(images[0])
 
 
@@ -245,7 +245,7 @@ def test_segments_of_another_model_are_refused(bundle, images, before, after, wo
     text = manifest.read_text()
     assert before in text
     manifest.write_text(text.replace(before, after, 1))
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(InputError, match=words):
         Classifier(bundle).predict_batch(images)
 
 
@@ -263,7 +263,7 @@ def test_changed_metadata_is_refused(bundle, changes, words):
     carried = {prop.key: prop.value for prop in model.metadata_props}
     helper.set_model_props(model, {**carried, **changes})
     onnx.save(model, bundle / "edgeke.onnx")
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(InputError, match=words):
         Classifier(bundle)
 
 
@@ -274,7 +274,7 @@ def test_a_foreign_model_is_refused(tmp_path):
     )
     opset = [helper.make_opsetid("", 18)]
     onnx.save(helper.make_model(graph, ir_version=8, opset_imports=opset), tmp_path / "x.onnx")
-    with pytest.raises(DeviceError, match=r"x\.onnx is an ONNX model, but not one that EdgeKE"):
+    with pytest.raises(InputError, match=r"x\.onnx is an ONNX model, but not one that EdgeKE"):
         Classifier(tmp_path / "x.onnx")
 
 

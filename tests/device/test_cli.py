@@ -52,7 +52,7 @@ def test_predict_answers_every_image(bundle, images, tmp_path, run):
         left = f"exit {answer.exit}" if answer.exit < 3 else "the vote"
         assert f": {answer.class_name} (" in line
         assert left in line
-    code, out, _ = run("predict", bundle, tmp_path / "b.png", "--json", "--max-loss", 0.9)
+    code, out, _ = run("predict", bundle, tmp_path / "b.png", "--json", "--max-degradation", 0.9)
     row = json.loads(out)
     assert row["class"] == CLASSES[row["label"]]
     assert set(row) == {"image", "label", "class", "probability", "exit", "point", "latency_ms"}
@@ -65,7 +65,7 @@ def test_requirements_reach_the_choice(bundle, images, tmp_path, run):
         "--mean-latency-ms": 1e-9,
         "--deadline-ms": 1e-9,
         "--min-accuracy": 0.9999,
-        "--max-loss": 0.00001,
+        "--max-degradation": 0.00001,
     }.items():
         code, out, error = run("predict", bundle, tmp_path / "a.npy", option, value)
         assert (code, out) == (1, "")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from toys import ROOT, replace
 
-from edgeke.device.errors import DeviceError
 from edgeke.device.measure import peak_memory
 from edgeke.device.policy import (
     Answer,
@@ -19,6 +18,7 @@ from edgeke.device.policy import (
     read_policy,
 )
 from edgeke.device.session import open_session
+from edgeke.errors import InputError
 
 POINT = OperatingPoint(
     name="full",
@@ -78,20 +78,20 @@ def test_policy_round_trip():
     ],
 )
 def test_a_broken_policy_is_refused(text, words):
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(InputError, match=words):
         parse_policy(text)
 
 
 def test_a_policy_file_is_read_or_named(tmp_path: Path):
     (tmp_path / "policy.json").write_text(json.dumps(POLICY.to_json()))
     assert read_policy(tmp_path / "policy.json") == POLICY
-    with pytest.raises(DeviceError, match=r"other\.json is missing"):
+    with pytest.raises(InputError, match=r"other\.json is missing"):
         read_policy(tmp_path / "other.json")
 
 
 def test_a_policy_names_its_points():
     assert POLICY.point("full") is POINT
-    with pytest.raises(DeviceError, match="use one of full, other"):
+    with pytest.raises(InputError, match="use one of full, other"):
         replace(POLICY, points=(POINT, replace(POINT, name="other"))).point("none")
 
 
@@ -101,10 +101,10 @@ def test_forcing_thresholds():
 
 
 def test_a_missing_or_broken_model_is_refused(tmp_path: Path):
-    with pytest.raises(DeviceError, match="missing"):
+    with pytest.raises(InputError, match="missing"):
         open_session(tmp_path / "edgeke.onnx")
     (tmp_path / "edgeke.onnx").write_bytes(b"not a model")
-    with pytest.raises(DeviceError, match=r"edgeke\.onnx is truncated or not an ONNX model"):
+    with pytest.raises(InputError, match=r"edgeke\.onnx is truncated or not an ONNX model"):
         open_session(tmp_path / "edgeke.onnx")
 
 

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from edgeke.device.decode import read_image
-from edgeke.device.errors import DeviceError
 from edgeke.device.images import check_image, check_images
+from edgeke.errors import InputError
 
 GREY, COLOUR = (8, 6, 1), (8, 6, 3)
 
@@ -53,7 +53,7 @@ def test_what_fits_passes_as_it_is():
     ],
 )
 def test_what_does_not_fit_is_told_how_to(image, shape, words):
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(InputError, match=words):
         check_image(image, shape)
 
 
@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_told_how_to(image, shape, words):
     ],
 )
 def test_bad_batches_name_the_image(images, words):
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(InputError, match=words):
         check_images(images, COLOUR)
 
 
@@ -97,15 +97,15 @@ def test_pictures_are_fitted_as_the_pipeline_fits_them(tmp_path):
 def test_arrays_are_read_and_must_fit(tmp_path):
     np.save(tmp_path / "a.npy", blank(8, 6))
     assert read_image(tmp_path / "a.npy", GREY).shape == GREY
-    with pytest.raises(DeviceError, match=r"a\.npy has shape \[8, 6\], the model takes"):
+    with pytest.raises(InputError, match=r"a\.npy has shape \[8, 6\], the model takes"):
         read_image(tmp_path / "a.npy", COLOUR)
     np.save(tmp_path / "objects.npy", np.array([{}], object))
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY")
     (tmp_path / "empty.npy").write_bytes(b"")
     for name in ("objects.npy", "broken.npy", "empty.npy"):
-        with pytest.raises(DeviceError, match=rf"{name} cannot be read as an array"):
+        with pytest.raises(InputError, match=rf"{name} cannot be read as an array"):
             read_image(tmp_path / name, GREY)
-    with pytest.raises(DeviceError, match=r"none\.npy is missing"):
+    with pytest.raises(InputError, match=r"none\.npy is missing"):
         read_image(tmp_path / "none.npy", GREY)
 
 
@@ -121,12 +121,12 @@ def test_bad_pictures_are_named(tmp_path):
         ("deep.tiff", "32 bits per pixel"),
         ("none.png", "is missing"),
     ):
-        with pytest.raises(DeviceError, match=rf"{name} {words}|{name} has {words}"):
+        with pytest.raises(InputError, match=rf"{name} {words}|{name} has {words}"):
             read_image(tmp_path / name, GREY)
 
 
 def test_without_pillow_the_remedy_is_named(tmp_path, monkeypatch):
     Image.fromarray(blank(8, 6)).save(tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(DeviceError, match=r"a\.png needs Pillow .*pip install pillow, or save"):
+    with pytest.raises(InputError, match=r"a\.png needs Pillow .*pip install pillow, or save"):
         read_image(tmp_path / "a.png", GREY)

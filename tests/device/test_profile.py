@@ -7,7 +7,6 @@ from toys import replace
 
 from edgeke.device import profile as module
 from edgeke.device.classifier import Classifier
-from edgeke.device.errors import DeviceError
 from edgeke.device.profile import (
     Conditions,
     Profile,
@@ -16,6 +15,7 @@ from edgeke.device.profile import (
     write_profile,
 )
 from edgeke.device.timing import summary, time_interleaved
+from edgeke.errors import InputError
 
 HERE = Conditions("edgeke.onnx", (10, 20), 1, "1.31.1", "a machine")
 PROFILE = Profile((1.0, 2.0), (1.5, 2.5), 20)
@@ -123,7 +123,7 @@ def test_noise_that_turns_the_order_is_mended(monkeypatch):
 
 
 def test_rounds_are_checked():
-    with pytest.raises(DeviceError, match="rounds = 0 must be at least 1"):
+    with pytest.raises(InputError, match="rounds = 0 must be at least 1"):
         measure_costs(lambda exit: None, 2, 0)
 
 

@@ -19,18 +19,18 @@ def test_sequences_run_from_cautious_to_bold():
     logits, labels = draw(500)
     samples = tune(logits, labels, "max_probability").samples(logits, labels)
     sequences = propose(samples, COSTS, 0.1)
-    assert set(sequences) == {(o, cap) for o in ("accuracy", "loss") for cap in range(3)}
+    assert set(sequences) == {(o, cap) for o in ("accuracy", "degradation") for cap in range(3)}
     for (objective, cap), sequence in sequences.items():
         results = [samples.result(c.thresholds, COSTS) for c in sequence]
         for cautious, bold in itertools.pairwise(results):
             worse = bold.accuracy <= cautious.accuracy
-            assert worse if objective == "accuracy" else bold.loss >= cautious.loss
+            assert worse if objective == "accuracy" else bold.degradation >= cautious.degradation
         assert results[-1].cost == pytest.approx(0.4)
         for candidate in sequence:
             assert samples.exits(candidate.thresholds).max() <= (3 if cap == 2 else cap)
-    assert sequences["loss", 2][0].name == "full"
-    assert sequences["loss", 2][0].thresholds == (2, 2, -1)
-    assert sequences["accuracy", 0] == sequences["loss", 0]
+    assert sequences["degradation", 2][0].name == "full"
+    assert sequences["degradation", 2][0].thresholds == (2, 2, -1)
+    assert sequences["accuracy", 0] == sequences["degradation", 0]
     names = [c.name for c in sequences["accuracy", 2]]
     assert names[:3] == ["accuracy_1.200", "accuracy_1.100", "accuracy_1.000"]
 

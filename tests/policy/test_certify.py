@@ -27,14 +27,14 @@ def freeze(samples: int = 1000, score: str = "max_probability") -> Frozen:
 
 
 def ask(**asked: float) -> Requirement:
-    empty = dict.fromkeys(("max_cost", "min_accuracy", "max_loss", "delta"))
+    empty = dict.fromkeys(("max_cost", "min_accuracy", "max_degradation", "delta"))
     return Requirement(**{**empty, **asked})
 
 
 FROZEN = freeze()
 ASKED = (
-    ask(max_loss=0.03),
-    ask(max_loss=0.03, delta=0.01),
+    ask(max_degradation=0.03),
+    ask(max_degradation=0.03, delta=0.01),
     ask(min_accuracy=0.8),
     ask(max_cost=0.7),
 )
@@ -43,8 +43,8 @@ ASKED = (
 def test_a_policy_says_what_was_asked_and_keeps_it_as_json():
     policy = certify(FROZEN, *draw(2000, 2), 0.1, ASKED)
     assert [of.name for of in policy.requirements] == [
-        "max_loss_0.03",
-        "max_loss_0.03_delta_0.01",
+        "max_degradation_0.03",
+        "max_degradation_0.03_delta_0.01",
         "min_accuracy_0.8",
         "max_cost_0.7",
     ]
@@ -52,8 +52,8 @@ def test_a_policy_says_what_was_asked_and_keeps_it_as_json():
     assert policy.default == policy.requirements[0].point
     costs = policy.cost_shares
     by_loss, surer, _, by_cost = (policy.point(of.point) for of in policy.requirements)
-    assert by_loss.promised("max_loss", 0.1, 2) <= 0.03
-    assert surer.promised("max_loss", 0.01, 2) <= 0.03
+    assert by_loss.promised("max_degradation", 0.1, 2) <= 0.03
+    assert surer.promised("max_degradation", 0.01, 2) <= 0.03
     assert by_loss.expected_cost(costs) <= surer.expected_cost(costs) < 1.2
     assert by_cost.promised_cost(costs) <= 0.7
     assert parse_policy(json.dumps(policy.to_json())) == policy
@@ -66,7 +66,7 @@ def test_points_hold_what_calibration_showed():
     for point in policy.points:
         result = samples.result(point.thresholds, policy.cost_shares)
         assert point.accuracy == pytest.approx(result.accuracy)
-        assert point.loss == pytest.approx(result.loss)
+        assert point.degradation == pytest.approx(result.degradation)
         assert point.expected_cost(policy.cost_shares) == pytest.approx(result.cost)
         assert point.promised_cost(policy.cost_shares) >= result.cost - 1e-9
         low, high = point.accuracy_interval
@@ -81,17 +81,22 @@ def test_promises_are_the_running_bounds_of_their_sequence():
     logits, labels = draw(2000, 2)
     policy = certify(FROZEN, logits, labels, 0.1, ())
     samples = FROZEN.tuning.samples(logits, labels)
-    sequence = FROZEN.sequences["loss", 2]
-    bounds = running_bounds(np.stack([samples.losses(c.thresholds) for c in sequence]), 0.1)
+    sequence = FROZEN.sequences["degradation", 2]
+    bounds = running_bounds(np.stack([samples.degradations(c.thresholds) for c in sequence]), 0.1)
     by_thresholds = {point.thresholds: point for point in policy.points}
     for candidate, bound in zip(sequence, bounds, strict=True):
-        promised = by_thresholds[candidate.thresholds].promised("max_loss", 0.1, 2)
+        promised = by_thresholds[candidate.thresholds].promised("max_degradation", 0.1, 2)
         assert promised <= bound
-    assert policy.point("full").promised("max_loss", 0.1, 2) == upper_bound(0, 2000, 0.1)
+    assert policy.point("full").promised("max_degradation", 0.1, 2) == upper_bound(0, 2000, 0.1)
 
 
 def test_what_cannot_be_met_is_recorded_with_the_nearest():
-    asked = (ask(min_accuracy=0.999), ask(max_cost=0.3), ask(max_loss=0.001), ask(max_cost=0.9))
+    asked = (
+        ask(min_accuracy=0.999),
+        ask(max_cost=0.3),
+        ask(max_degradation=0.001),
+        ask(max_cost=0.9),
+    )
     policy = certify(FROZEN, *draw(300, 2), 0.1, asked)
     floor, cost, loss, met = policy.requirements
     assert (floor.point, cost.point, loss.point) == (None, None, None)

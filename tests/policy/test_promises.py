@@ -3,7 +3,6 @@ import pytest
 from scipy.stats import binomtest
 
 from edgeke.device.choice import samples_needed
-from edgeke.device.errors import DeviceError
 from edgeke.errors import InputError
 from edgeke.policy.promises import (
     certified_prefix,
@@ -71,5 +70,5 @@ def test_epsilon_and_delta_lie_between_0_and_1(value):
         with pytest.raises(InputError, match="must lie between 0 and 1"):
             call()
     for arguments in ((value, 0.1), (0.1, value)):
-        with pytest.raises(DeviceError, match="must lie between 0 and 1"):
+        with pytest.raises(InputError, match="must lie between 0 and 1"):
             samples_needed(*arguments)

@@ -22,10 +22,10 @@ def test_results_by_hand():
     full = samples.result(force_exit(2, 3), COSTS)
     assert full.cost == pytest.approx(1.2)
     assert full.accuracy == samples.correct[2].mean()
-    assert full.loss == 0
+    assert full.degradation == 0
     first = samples.result(force_exit(0, 3), COSTS)
-    assert first.loss == (samples.correct[2] & ~samples.correct[0]).mean()
-    assert full.accuracy - first.accuracy <= first.loss
+    assert first.degradation == (samples.correct[2] & ~samples.correct[0]).mean()
+    assert full.accuracy - first.accuracy <= first.degradation
     voted = samples.result(force_exit(3, 3), COSTS)
     assert voted.cost == pytest.approx(1.2)
     assert voted.accuracy == samples.correct[3].mean()
@@ -33,7 +33,10 @@ def test_results_by_hand():
 
 def test_likelihood_never_outweighs_an_answer():
     samples = make(50)
-    for objective, worth in (("accuracy", samples.correct), ("loss", -1.0 * samples.lost)):
+    for objective, worth in (
+        ("accuracy", samples.correct),
+        ("degradation", -1.0 * samples.degraded),
+    ):
         extra = samples.gain(objective) - worth
         assert (extra <= 1e-12).all()
         assert extra.sum(axis=1).min() > -1

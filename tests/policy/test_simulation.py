@@ -43,12 +43,12 @@ def case(request) -> Case:
 
 def bad(case: Case, objective: str) -> np.ndarray:
     sequences, samples, _ = case
-    judge = samples.losses if objective == "loss" else samples.wrong
+    judge = samples.degradations if objective == "degradation" else samples.wrong
     return np.stack([judge(c.thresholds) for c in sequences[objective, 2]])
 
 
 @pytest.mark.parametrize(
-    ("objective", "epsilon"), [("loss", 0.01), ("loss", 0.03), ("accuracy", 0.08)]
+    ("objective", "epsilon"), [("degradation", 0.01), ("degradation", 0.03), ("accuracy", 0.08)]
 )
 @pytest.mark.parametrize("delta", [0.1, 0.3])
 def test_certified_rates_hold(case, objective, epsilon, delta):
@@ -88,15 +88,15 @@ def test_fitting_and_certifying_on_one_split_breaks_the_promise():
         fitted, certified = draw(n, 1000 + seed), draw(n, 5000 + seed)
         tuning = tune(*fitted, "max_probability")
         samples, unseen, truth = (tuning.samples(*of) for of in (fitted, certified, pool))
-        solver = Solver(samples, COSTS, "loss")
+        solver = Solver(samples, COSTS, "degradation")
         # The cheapest thresholds that the split they were fitted on would certify.
         boldest = solver.at_least(-passes / n)
-        broken["same"] += truth.losses(boldest).mean() > epsilon
+        broken["same"] += truth.degradations(boldest).mean() > epsilon
         sequence = [force_exit(2, 3), *(solver.at_least(-k / n) for k in range(passes + 4))]
-        outcomes = np.stack([unseen.losses(thresholds) for thresholds in sequence])
+        outcomes = np.stack([unseen.degradations(thresholds) for thresholds in sequence])
         prefix = certified_prefix(outcomes, epsilon, delta)
         if prefix:
-            broken["own"] += truth.losses(sequence[prefix - 1]).mean() > epsilon
+            broken["own"] += truth.degradations(sequence[prefix - 1]).mean() > epsilon
     assert broken["own"] / draws <= delta + 3 * (delta * (1 - delta) / draws) ** 0.5
     assert broken["same"] > 2 * max(broken["own"], delta * draws)
 
@@ -104,9 +104,9 @@ def test_fitting_and_certifying_on_one_split_breaks_the_promise():
 def test_power():
     """With 4,000 samples the certified point costs at most a tenth more than the oracle's."""
     tuning = tune(*draw(1000, 1), "max_probability")
-    sequence = propose(tuning.samples(*draw(1000, 1)), COSTS, 0.025)["loss", 2]
+    sequence = propose(tuning.samples(*draw(1000, 1)), COSTS, 0.025)["degradation", 2]
     pool = tuning.samples(*draw(200_000, 2))
-    outcomes = np.stack([pool.losses(c.thresholds) for c in sequence])
+    outcomes = np.stack([pool.degradations(c.thresholds) for c in sequence])
     costs = np.array([pool.result(c.thresholds, COSTS).cost for c in sequence])
     oracle = costs[outcomes.mean(axis=1) <= 0.01].min()
     random, paid = np.random.default_rng(0), []

@@ -48,13 +48,15 @@ def test_at_a_floor_no_grid_is_cheaper(samples, exhaustive):
 
 
 def test_the_least_loss_is_found_too(samples, exhaustive):
-    solver = Solver(samples, COSTS, "loss")
+    solver = Solver(samples, COSTS, "degradation")
     for budget in (0.5, 0.7, 0.9):
         found = samples.result(solver.within(budget), COSTS)
-        assert found.loss <= min(r.loss for r in exhaustive if r.cost <= budget) + 0.001
+        assert (
+            found.degradation <= min(r.degradation for r in exhaustive if r.cost <= budget) + 0.001
+        )
     found = samples.result(solver.at_least(-0.02), COSTS)
-    assert found.loss <= 0.02
-    assert found.cost <= 1.005 * min(r.cost for r in exhaustive if r.loss <= 0.02)
+    assert found.degradation <= 0.02
+    assert found.cost <= 1.005 * min(r.cost for r in exhaustive if r.degradation <= 0.02)
 
 
 def test_a_cap_is_never_passed(samples):
