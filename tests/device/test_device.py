@@ -30,7 +30,7 @@ POINT = OperatingPoint(
     validation_accuracy=0.92,
     accuracy=0.9,
     accuracy_interval=(0.8, 0.95),
-    loss=0.0,
+    degradation=0.0,
     promises=(Promise("max_error", 0.15, 0.1, 1),),
 )
 ANSWER = Answer("max_cost_0.9", "max_cost", 0.9, 0.1, "full", None)
