@@ -2,26 +2,29 @@
 VENV := .venv/bin
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 
-.PHONY: help setup run test check show compare plots picture ui bundle promote resend test-all
+.PHONY: help setup setup-test run test check show compare plots picture ui bundle promote resend test-all
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: ## create .venv and install the pinned requirements
+setup: ## create .venv and install requirements.txt
 	@scripts/setup
+
+setup-test: ## the same with what a team and the tests need
+	@scripts/setup requirements-test.txt
 
 run: setup ## build everything: the whole pipeline on the profile in params.yaml
 	dvc repro
 
-test: setup ## checks and the whole test suite
+test: setup-test ## checks and the whole test suite
 	scripts/check
 	scripts/test
 
-test-all: setup ## the same, with the slow tests
+test-all: setup-test ## the same, with the slow tests
 	scripts/check
 	scripts/test -m 'slow or not slow'
 
-check: setup ## format, lint, types, dvc.lock
+check: setup-test ## format, lint, types, dvc.lock
 	scripts/check
 
 show: setup ## experiments in the terminal: what was changed and the headline metrics
