@@ -13,14 +13,22 @@ from typing import Any
 
 from edgeke.errors import InputError
 
-__all__ = ["read_json", "replacing", "write_bytes", "write_json", "write_table", "write_text"]
+__all__ = [
+    "read_json",
+    "replacing",
+    "write_bytes",
+    "write_files",
+    "write_json",
+    "write_table",
+    "write_text",
+]
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it to `path` only if the block succeeds.
 
-    Errors: InputError when the disk is full; whatever stood at `path` before is untouched.
+    Errors: InputError when the disk is full; an older file at `path` is untouched then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -29,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if int(os.environ.get("RANK", "0")):
-            return  # processes that train together hold the same: the first one writes
+            return  # processes that train together have the same content: the first one writes
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
@@ -37,8 +45,9 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
-                f"no space left while writing {path}; nothing was changed. Free space on that "
-                "disk (`dvc gc --workspace` empties DVC's cache of old versions) and run again"
+                f"no space left while writing {path}, which was not changed. Free space on that "
+                "disk (`dvc gc --all-commits --all-experiments` removes from DVC's cache what no "
+                "commit and no experiment uses) and run again"
             ) from error
         raise
     finally:
@@ -49,6 +58,17 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write several files, none of them unless all fit on the disk."""
+    with contextlib.ExitStack() as stack:
+        for path, content in contents.items():
+            temporary = stack.enter_context(replacing(path))
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def write_text(path: Path, content: str) -> None:
