@@ -11,14 +11,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeke.data.dataset import Split
+from edgeke.data.dataset import Split, channels_last
+from edgeke.device.manifest import Manifest
 from edgeke.device.policy import Answer, Policy, force_exit
 from edgeke.device.scores import Score, calibrated_probabilities, vote
 from edgeke.device.session import open_session
 from edgeke.graph.compose import compose_cascade
-from edgeke.graph.manifest import Manifest
 from edgeke.graph.parity import check_close, check_exits
-from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.graph.runner import segment_logits
 from edgeke.params import Calibrate
 from edgeke.policy.candidates import Candidate, cross_fitted_accuracy, propose
 from edgeke.policy.cascade import run_cascade

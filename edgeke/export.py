@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from edgeke.data.augment import Normalise
-from edgeke.data.dataset import Split
+from edgeke.data.dataset import Split, channels_last
+from edgeke.device.manifest import MANIFEST, Manifest
 from edgeke.errors import InputError
-from edgeke.files import write_bytes
-from edgeke.graph.manifest import Manifest
+from edgeke.files import write_bytes, write_text
 from edgeke.graph.parity import check_close
 from edgeke.graph.quantise import quantise, quantise_segments
-from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.learning.checkpoints import Preprocessing
 from edgeke.learning.images import predict
@@ -70,7 +70,7 @@ def export(
         folder = models / "segments" / precision
         for file, graph in zip(names, graphs, strict=True):
             write_bytes(folder / file, graph.SerializeToString())
-        manifest.write(folder)
+        write_text(folder / MANIFEST, manifest.to_json())
     for name, graph in static.items():
         write_bytes(models / "static" / f"{name}.onnx", graph.SerializeToString())
     return metrics

@@ -7,8 +7,8 @@ from safetensors.numpy import save
 
 from edgeke.calibrate import calibrate
 from edgeke.data.dataset import load_dataset
+from edgeke.device.manifest import read_manifest
 from edgeke.files import write_bytes, write_json, write_table
-from edgeke.graph.manifest import Manifest
 from edgeke.params import Params
 from edgeke.tracking.runs import Run
 from stages._entry import entry
@@ -20,7 +20,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for precision, suffix, prefix in (("fp32", "", ""), ("int8", ".int8", "int8/")):
         folder = models / "segments" / precision
-        manifest = Manifest.read(folder)
+        manifest = read_manifest(folder)
         segments = [folder / name for name in manifest.segments]
         done = calibrate(segments, manifest, *splits, params.calibrate)
         for asked in done.policy.requirements:

@@ -7,9 +7,9 @@ import onnx
 from toys import CLASSES, SIZE
 
 from edgeke.calibrate import Answers, compose, freeze
-from edgeke.data.dataset import Dataset
-from edgeke.graph.manifest import Manifest
-from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.data.dataset import Dataset, channels_last
+from edgeke.device.manifest import MANIFEST, Manifest
+from edgeke.graph.runner import segment_logits
 from edgeke.params import Calibrate
 from edgeke.policy.certify import certify
 
@@ -24,7 +24,8 @@ def build(folder: Path, segments: list, score: str, suffix: str, dataset: Datase
     for model, file in zip(segments, files, strict=True):
         onnx.save(model, file)
     names = tuple(file.name for file in files)
-    Manifest(names, MACS, MAIN, CLASSES, (SIZE, SIZE, 1)).write(place)
+    manifest = Manifest(names, MACS, MAIN, CLASSES, (SIZE, SIZE, 1))
+    (place / MANIFEST).write_text(manifest.to_json())
     seen, held = (
         Answers(segment_logits(files, channels_last(dataset[name].images), 1), dataset[name].labels)
         for name in ("validation", "calibration")

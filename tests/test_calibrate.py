@@ -16,11 +16,12 @@ from edgeke.calibrate import (
     point_metrics,
     vote_quality,
 )
+from edgeke.data.dataset import channels_last
 from edgeke.device.policy import parse_policy
 from edgeke.device.session import open_session
 from edgeke.entries import Requirement
 from edgeke.errors import InputError
-from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments
 from edgeke.params import Calibrate
 from edgeke.policy.certify import certify

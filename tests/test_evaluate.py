@@ -11,14 +11,15 @@ from toys import CLASSES, SIZE, randomise, replace
 
 from edgeke import evaluate as evaluate_module
 from edgeke.calibrate import calibrate
+from edgeke.data.dataset import channels_last
+from edgeke.device.manifest import MANIFEST, Manifest
 from edgeke.device.policy import Answer
 from edgeke.device.scores import Score, calibrated_probabilities
 from edgeke.entries import Requirement, Tier
 from edgeke.errors import InputError
 from edgeke.evaluate import Evaluation, evaluate, kept
-from edgeke.graph.manifest import Manifest
 from edgeke.graph.quantise import quantise, quantise_segments
-from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
@@ -60,7 +61,7 @@ def built(dataset, tmp_path_factory):
         for number, graph in enumerate(graphs):
             onnx.save(graph, folder / f"{number}.onnx")
         manifest = Manifest(("0.onnx", "1.onnx", "2.onnx"), MACS, MAIN, CLASSES, (SIZE, SIZE, 1))
-        manifest.write(folder)
+        (folder / MANIFEST).write_text(manifest.to_json())
         files = [folder / name for name in manifest.segments]
         done = calibrate(files, manifest, dataset["validation"], dataset["calibration"], settings)
         suffix = "" if precision == "fp32" else ".int8"

@@ -17,7 +17,14 @@ from edgeke.files import write_bytes
 
 _LISTS = ("classes", "image_shape", "mean", "std")
 
-__all__ = ["Dataset", "Split", "channel_statistics", "load_dataset", "save_dataset"]
+__all__ = [
+    "Dataset",
+    "Split",
+    "channel_statistics",
+    "channels_last",
+    "load_dataset",
+    "save_dataset",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,11 @@ class Dataset:
 
     def __getitem__(self, split: str) -> Split:
         return self.splits[split]
+
+
+def channels_last(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Dataset images `[N, C, H, W]` as the exported graphs take them, `[N, H, W, C]`."""
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
 def channel_statistics(

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnxruntime
 
+from edgeke.device.manifest import MANIFEST, read_manifest
 from edgeke.device.policy import Policy, parse_policy
 from edgeke.errors import InputError
 
@@ -14,7 +15,6 @@ __all__ = ["PRECISIONS", "Bundle", "Carried", "find_bundle", "read_carried", "re
 
 # By name of the one file; what stands first is taken where nothing is asked for.
 PRECISIONS = {"int8": "edgeke.int8.onnx", "fp32": "edgeke.onnx"}
-_MANIFEST = "segments.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def find_bundle(path: Path, precision: str | None = None) -> Bundle:
         )
     chosen = precision or present[0]
     segments = path / "segments" / chosen
-    found = (segments / _MANIFEST).is_file()
+    found = (segments / MANIFEST).is_file()
     return Bundle(path / PRECISIONS[chosen], chosen, segments if found else None)
 
 
@@ -109,24 +109,19 @@ def read_carried(session: onnxruntime.InferenceSession, name: str) -> Carried:
 
 def read_segments(folder: Path, carried: Carried) -> list[Path]:
     """The segments' files, shallow to deep. Errors: InputError when they are another model's."""
-    path = folder / _MANIFEST
-    try:
-        content = json.loads(path.read_text())
-        files = [folder / name for name in content["segments"]]
-        same = (
-            len(files) == len(carried.policy.macs)
-            and tuple(content["macs"]) == carried.policy.macs
-            and tuple(content["classes"]) == carried.classes
-            and tuple(content["image_shape"]) == carried.image_shape
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy the whole bundle again") from error
+    manifest = read_manifest(folder)
+    same = (
+        len(manifest.segments) == len(carried.policy.macs)
+        and manifest.macs == carried.policy.macs
+        and manifest.classes == carried.classes
+        and manifest.image_shape == carried.image_shape
+    )
     if not same:
         raise InputError(
-            f"{path} describes another model than the one file beside it; copy both from the same "
-            "bundle"
+            f"{folder / MANIFEST} describes another model than the one file beside it; copy both "
+            "from the same bundle"
         )
-    return files
+    return [folder / name for name in manifest.segments]
 
 
 def _loaded(text: str) -> Any:

@@ -8,14 +8,9 @@ from numpy.typing import NDArray
 
 from edgeke.device.session import open_session
 
-__all__ = ["channels_last", "segment_logits"]
+__all__ = ["segment_logits"]
 
 _BATCH = 250
-
-
-def channels_last(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Dataset images `[N, C, H, W]` as the exported graphs take them, `[N, H, W, C]`."""
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
 def segment_logits(

@@ -8,9 +8,9 @@ import pytest
 from bundles import build
 from toys import SIZE, randomise
 
+from edgeke.data.dataset import channels_last
 from edgeke.device.classifier import Classifier
 from edgeke.graph.quantise import quantise_segments
-from edgeke.graph.runner import channels_last
 from edgeke.graph.segments import export_segments
 from edgeke.networks.branchynet import BranchyNet
 

@@ -9,13 +9,14 @@ from onnx import TensorProto, helper, numpy_helper
 from toys import CLASSES, SIZE, randomise
 
 from edgeke.data.augment import Normalise
+from edgeke.data.dataset import channels_last
 from edgeke.device.policy import force_exit
 from edgeke.device.scores import SCORES, Score, calibrated_probabilities
 from edgeke.device.session import open_session
 from edgeke.errors import InputError
 from edgeke.graph.compose import IR_VERSION, OPSET, compose_cascade
 from edgeke.graph.parity import check_close, check_exits
-from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.graph.runner import segment_logits
 from edgeke.graph.scores import build_score, score_constants
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.learning.images import predict

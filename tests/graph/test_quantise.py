@@ -6,9 +6,10 @@ import pytest
 import torch
 from toys import SIZE, randomise
 
+from edgeke.data.dataset import channels_last
 from edgeke.device.session import open_session
 from edgeke.graph.quantise import quantise, quantise_segments
-from edgeke.graph.runner import channels_last, segment_logits
+from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
