@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,7 +122,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of an ssh server that this user's new key may enter."""
+    """The address of an ssh server that this user's new key may enter, and that greets.
+
+    The home there is a temporary folder with an interpreter `~/a venv/python`.
+    """
     sshd = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
     if sshd is None or os.geteuid() != 0:
         pytest.skip("needs sshd (Debian: openssh-server) and root")
@@ -140,7 +144,12 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {home}/host\nPidFile none\n"
         f"AuthorizedKeysFile {home}/authorized_keys\nPasswordAuthentication no\n"
         "StrictModes no\nUsePAM no\n"
+        f"SetEnv HOME={home}\n"
     )
+    (home / ".bashrc").write_text("echo Welcome to this board\n")
+    (home / "a venv").mkdir()
+    (home / "a venv" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (home / "a venv" / "python").chmod(0o755)
     client = home / "client"
     client.write_text(
         f"#!/bin/sh\nexec {shutil.which('ssh')} -F none -i {home}/user -o IdentitiesOnly=yes "

@@ -3,17 +3,19 @@
 import io
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from edgeke.errors import InputError
-from edgeke.remote import _unpack, run_folder, ssh_command
+from edgeke.remote import _unpack, main, run_folder, ssh_command
 
 MODULE = """
 import json, pathlib, sys
-given = pathlib.Path("given").read_text()
-pathlib.Path("out/answer.json").write_text(json.dumps([sys.argv[1], given]))
+text = pathlib.Path("given").read_text()
+print("a word on standard output")
+pathlib.Path("out/answer.json").write_text(json.dumps([sys.argv[1], text]))
 """
 
 
@@ -26,23 +28,40 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_a_folder_runs_on_a_device_and_comes_back(server, folder):
-    run_folder(folder, "job", ["word; touch /tmp/no"], server, sys.executable)
+def temporary_folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("tmp.*"))
+
+
+def test_a_folder_runs_on_a_device_that_greets_and_comes_back(server, folder):
+    """The server prints a greeting at each login, and `python` is in the home of its user."""
+    before = temporary_folders()
+    run_folder(folder, "job", ["word; touch /tmp/no"], server, "~/a venv/python")
     expected = '["word; touch /tmp/no", "an image"]'
     assert (folder / "out" / "answer.json").read_text() == expected
+    assert temporary_folders() == before
 
 
-def test_the_devices_words_come_back_and_nothing_stays(server, folder):
-    (folder / "job.py").write_text("import os, sys; sys.exit('no memory left in ' + os.getcwd())")
-    with pytest.raises(InputError, match="process on ssh://.* failed: .*no memory left") as caught:
+def test_the_devices_last_words_are_the_error_and_nothing_stays(server, folder):
+    (folder / "job.py").write_text(
+        "import os, sys; print('more'); sys.exit('no memory in ' + os.getcwd())"
+    )
+    with pytest.raises(InputError, match=r"^ssh://\S+ failed: no memory in /\S+$") as caught:
         run_folder(folder, "job", [], server, sys.executable)
     assert not Path(str(caught.value).rsplit(" ", 1)[1]).exists()
+    with pytest.raises(InputError, match=r"^ssh://\S+ failed: .*No module named missing$"):
+        run_folder(folder, "missing", [], server, sys.executable)
 
 
-def test_another_key_is_refused_without_asking(server, folder, tmp_path):
+def test_a_device_is_checked_before_it_is_needed(server, capsys, tmp_path):
+    assert main([server, "~/a venv/python"]) == 0
+    assert capsys.readouterr().out.startswith(f"{server}: Python 3.")
+    assert main([server, "~/b/python"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
     (tmp_path / "ssh" / "authorized_keys").write_text("")
-    with pytest.raises(InputError, match="(?s)failed: .*denied"):
-        run_folder(folder, "job", [], server, sys.executable)
+    assert main([server]) == 1
+    assert "denied" in capsys.readouterr().err
+    assert main(["ssh://127.0.0.1:1"]) == 1
+    assert "refused" in capsys.readouterr().err
 
 
 def test_here_it_is_a_process_of_its_own(folder):
@@ -54,14 +73,15 @@ def test_here_it_is_a_process_of_its_own(folder):
 
 def test_addresses():
     assert ssh_command("ssh://pi@board:2222")[-3:] == ["-p", "2222", "pi@board"]
-    assert ssh_command("ssh://board")[-1] == "board"
+    assert ssh_command("ssh://MyPi")[-1] == "MyPi", "ssh_config distinguishes capitals"
+    assert ssh_command("ssh://pi@[fe80::1]/")[-1] == "pi@fe80::1"
     assert "BatchMode=yes" in ssh_command("ssh://board")
 
 
 @pytest.mark.parametrize(
     "device",
     ["board", "http://board", "ssh://", "ssh://pi:secret@board", "ssh://board:port",
-     "ssh://-oProxyCommand=x", "ssh://board/path"],
+     "ssh://-oProxyCommand=x", "ssh://-l@board", "ssh://board/path", "ssh://a b"],
 )  # fmt: skip
 def test_other_addresses_are_refused(device):
     with pytest.raises(InputError, match="use local or ssh://user@host"):
@@ -75,7 +95,9 @@ def test_files_outside_the_folder_are_refused(tmp_path: Path):
             entry = tarfile.TarInfo(name)
             entry.size = 3
             archive.addfile(entry, io.BytesIO(b"abc"))
-    with pytest.raises(InputError, match=r"outside its folder: '\.\./outside'"):
+    with pytest.raises(InputError, match=r"'\.\./outside' would be extracted"):
         _unpack(packed.getvalue(), tmp_path / "out")
     assert (tmp_path / "out" / "fine" / "file").read_bytes() == b"abc"
     assert not (tmp_path / "outside").exists()
+    with pytest.raises(InputError, match="no archive"):
+        _unpack(b"", tmp_path / "out")
