@@ -1,10 +1,10 @@
-"""Entries of lists in params.yaml: `calibrate.requirements`, `evaluate.tiers`."""
+"""Entries of lists in params.yaml: `calibrate.requirements`."""
 
 from dataclasses import dataclass
 
 from edgeke.schema import require
 
-__all__ = ["Requirement", "Tier"]
+__all__ = ["Requirement"]
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,3 @@ class Requirement:
 
     def __str__(self) -> str:
         return self.name
-
-
-@dataclass(frozen=True)
-class Tier:
-    """A slower board, emulated: threads, and a share of one core's time (null: all of it)."""
-
-    name: str
-    threads: int
-    quota: float | None
-
-    def __post_init__(self) -> None:
-        require(self.name.isidentifier(), "name", "use letters, digits and _")
-        require(self.threads >= 1, "threads", "use at least 1")
-        require(self.quota is None or 0 < self.quota <= 64, "quota", "use a share such as 0.25")
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.threads}:{self.quota}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from edgeke.entries import Requirement, Tier
+from edgeke.entries import Requirement
 from edgeke.errors import InputError
 from edgeke.learning.orders import ORDERS
 from edgeke.networks.architecture import Architecture, ExitSpec
@@ -127,13 +127,13 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """How and where the device is measured; the first tier is the device itself."""
+    """How and where the device is measured; `threads`: first its own setting, then others."""
 
     device: str
     python: str
     latency_images: int
     deadline_ms: float | None
-    tiers: tuple[Tier, ...]
+    threads: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if self.device != "local":
@@ -142,9 +142,11 @@ class Evaluate:
         require(self.latency_images >= 1, "latency_images", "use at least 1")
         deadline = self.deadline_ms
         require(deadline is None or deadline > 0, "deadline_ms", "use milliseconds above 0")
-        names = [tier.name for tier in self.tiers]
-        require(0 < len(set(names)) == len(names), "tiers", "list a tier, each name once")
-        require(self.tiers[0].quota is None, "tiers", "the first is the device itself: quota null")
+        distinct = 0 < len(set(self.threads)) == len(self.threads)
+        possible = distinct and all(1 <= number <= 1024 for number in self.threads)
+        require(
+            possible, "threads", "list numbers of threads from 1, each once; the device's first"
+        )
 
 
 @dataclass(frozen=True)

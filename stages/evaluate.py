@@ -1,10 +1,10 @@
-"""models/edgeke.onnx on the test split -> results/evaluate/."""
+"""The one-file models and static networks on the test split -> results/evaluate/."""
 
 import sys
 from pathlib import Path
 
 from edgeke.data.dataset import load_dataset
-from edgeke.evaluate import evaluate
+from edgeke.evaluate import evaluate, headline
 from edgeke.files import read_json, write_json, write_table
 from edgeke.params import Params
 from edgeke.tracking.runs import Run
@@ -12,19 +12,19 @@ from stages._entry import entry
 
 
 def run(params: Params, log: Run) -> dict[str, float]:
-    dataset = load_dataset(Path("data/dataset.safetensors"), ("test",))
+    dataset, models = load_dataset(Path("data/dataset.safetensors"), ("test",)), Path("models")
     exported = read_json(Path("results/export/metrics.json"))
-    macs = {name: exported[f"cost/{name}/macs"] for name in ("main", "teacher")}
-    evaluation = evaluate(Path("models"), macs, dataset["test"], params.evaluate)
-    headline = evaluation.headline(read_json(Path("results/calibrate/metrics.json")))
+    static = [file.name.split(".")[0] for file in sorted((models / "static").glob("*.int8.onnx"))]
+    macs = {name: exported[f"cost/{name}/macs"] for name in static}
+    evaluation = evaluate(models, macs, dataset["test"], params.evaluate)
     results = Path("results/evaluate")
     for precision, suffix in (("fp32", ""), ("int8", ".int8")):
         rows = [row for row in evaluation.frontier if row["precision"] == precision]
         write_table(results / f"frontier{suffix}.csv", rows)
-    write_table(results / "exit_shares.csv", evaluation.shares)
+    write_table(results / "exit_shares.csv", evaluation.leavers)
     write_json(results / "device.json", evaluation.device)
-    log.headline(headline)
-    log.model(Path("models"))
+    log.headline(headline(evaluation, read_json(Path("results/calibrate/metrics.json"))))
+    log.model(models)
     return evaluation.metrics
 
 
