@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import edgeke
-from edgeke.errors import InputError
+from edgeke.errors import InputError, report
 from edgeke.files import replacing
 
 __all__ = ["copy_device_package", "main", "make_bundle"]
@@ -100,8 +100,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         archive = make_bundle(asked.models, asked.out)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return report(error)
     print(f"{asked.out}/ and {archive} ({archive.stat().st_size / 2**20:.1f} MiB)")
     return 0
 

@@ -38,7 +38,7 @@ def test_a_bundle_holds_what_a_device_needs_and_no_more(models, tmp_path):
         "segments/int8/segments.json", "segments/int8/0.onnx",
     }  # fmt: skip
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "edgeke" / "device").glob("*.py")}
-    assert room == {"edgeke/__init__.py", *expected}
+    assert room == {"edgeke/__init__.py", "edgeke/errors.py", *expected}
     assert len((tmp_path / "out" / "bundle" / "README.md").read_text().splitlines()) == 5
     with zipfile.ZipFile(archive) as packed:
         assert set(packed.namelist()) == {f"bundle/{name}" for name in found}

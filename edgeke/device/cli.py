@@ -6,7 +6,6 @@ python -m edgeke.device {info,profile,predict,benchmark} PATH
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from edgeke.device.bundle import PRECISIONS
 from edgeke.device.classifier import Classifier
 from edgeke.device.decode import read_image
 from edgeke.device.profile import Profile
-from edgeke.errors import InputError
+from edgeke.errors import InputError, report
 
 __all__ = ["main"]
 
@@ -34,8 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             _benchmark(classifier, asked.rounds)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return report(error)
     return 0
 
 
