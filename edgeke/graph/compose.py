@@ -38,6 +38,7 @@ def compose_cascade(
         *score_constants(classes),
     ]
     graph = _level(0, prefixed, score, temperatures)
+    used = _inputs(graph)  # ONNX Runtime complains about constants that no node reads
     inputs = [
         helper.make_tensor_value_info("image", TensorProto.UINT8, [1, *image_shape]),
         helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, [exits]),
@@ -58,7 +59,7 @@ def compose_cascade(
         "edgeke",
         inputs,
         outputs,
-        [*constants, *graph.initializer],
+        [*(constant for constant in constants if constant.name in used), *graph.initializer],
     )
     model = helper.make_model(
         whole,
@@ -137,6 +138,17 @@ def _vote(exits: int) -> onnx.GraphProto:
     ]
     index = numpy_helper.from_array(np.array([exits], np.int64), "vote_index")
     return helper.make_graph(nodes, "vote", [], _outputs("vote_"), [index])
+
+
+def _inputs(graph: onnx.GraphProto) -> set[str]:
+    """Every name that a node of the graph, or of a graph inside it, reads."""
+    names: set[str] = set()
+    for node in graph.node:
+        names |= set(node.input)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                names |= _inputs(attribute.g)
+    return names
 
 
 def _outputs(prefix: str) -> list[onnx.ValueInfoProto]:

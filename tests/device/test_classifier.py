@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -276,6 +278,17 @@ def test_a_foreign_model_is_refused(tmp_path):
     onnx.save(helper.make_model(graph, ir_version=8, opset_imports=opset), tmp_path / "x.onnx")
     with pytest.raises(InputError, match=r"x\.onnx is an ONNX model, but not one that EdgeKE"):
         Classifier(tmp_path / "x.onnx")
+
+
+def test_a_plain_session_opens_the_file_without_a_warning(bundles):
+    """As the README does: no options of ours, ONNX Runtime's own level of messages."""
+    files = [str(file) for folder in bundles.values() for file in folder.glob("edgeke*.onnx")]
+    code = "import sys, onnxruntime as o; [o.InferenceSession(file) for file in sys.argv[1:]]"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *files], capture_output=True, text=True, check=True
+    )
+    assert len(files) == len(bundles)
+    assert done.stderr == ""
 
 
 def test_threads_share_one_classifier(classifier, images, monkeypatch):
