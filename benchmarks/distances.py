@@ -114,7 +114,7 @@ def run(job: Job) -> tuple[Job, list[float], Architecture, bytes]:
             supervisor,
             job.kd,
             (0.2, 0.2, 0.6),
-            replace(plan, recipe=phase),
+            [replace(plan, recipe=phase)] * len(order.phases),
             on_epoch=lambda *_: None,
         ).network
     return (
@@ -151,8 +151,10 @@ def prepare(images: int, epochs: int) -> Bench:
     loaded = params.parse({**_yaml(), "profile": "digits"})
     source = loaded.profile.data
     dataset, _ = download(read_source(source, Path()), source, "digits", loaded.seed)
-    recipes, augmentation = loaded.profile.recipes, loaded.profile.augmentation
-    plan = Plan(0, replace(loaded.training, checkpoint_every=10**6), augmentation, recipes.distill)
+    recipes = loaded.profile.recipes
+    plan = replace(loaded, seed=0, training=replace(loaded.training, checkpoint_every=10**6)).plan(
+        recipes.distill
+    )
     teacher = train_teacher(
         dataset,
         loaded.profile.teacher,

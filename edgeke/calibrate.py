@@ -118,7 +118,7 @@ def freeze(
     tuning = tune(logits, labels, best if settings.score == "best" else settings.score)
     samples = tuning.samples(logits, labels)
     sequences = propose(samples, costs, settings.cost_step)
-    asked = thresholds_for_proportions(samples.scores, settings.proportions)
+    asked = thresholds_for_proportions(samples.scores, settings.shares(len(costs)))
     extra = (Candidate("proportions", asked),)
     accuracy = {
         candidate.name: samples.result(candidate.thresholds, costs).accuracy

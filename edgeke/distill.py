@@ -33,7 +33,7 @@ def distill(
         kd,
         teacher.to(device) if teacher else None,
         student.classes,
-        label_smoothing=plan.recipe.label_smoothing,
+        label_smoothing=plan.optimisation.label_smoothing,
     )
     return train_alone(
         student.branch(branch),

@@ -1,370 +1,421 @@
-"""params.yaml as frozen dataclasses: checked as a whole, before any work starts.
+"""params.yaml as frozen pydantic dataclasses, checked as a whole before any work starts.
 
-No field has a default: every value is written in params.yaml, where DVC sees it.
+Only a requirement's fields have defaults: every other value is in params.yaml, where DVC sees it.
 """
 
+import dataclasses
+import difflib
+import json
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from edgeke.entries import Requirement
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from ruamel.yaml import YAML  # reads YAML 1.2, as DVC does: `010` is ten, a repeated key an error
+from ruamel.yaml.error import YAMLError
+
 from edgeke.errors import InputError
 from edgeke.learning.orders import ORDERS
 from edgeke.networks.architecture import Architecture, ExitSpec
 from edgeke.remote import ssh_command
-from edgeke.schema import build, check_keys, require
 
-__all__ = [
-    "KD",
-    "Augmentation",
-    "BranchyNet",
-    "Calibrate",
-    "Data",
-    "Distill",
-    "Evaluate",
-    "Export",
-    "Network",
-    "Params",
-    "Plan",
-    "Profile",
-    "Recipe",
-    "Recipes",
-    "Source",
-    "Tracking",
-    "Training",
-    "load",
-    "parse",
-]
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+# Strict: `true` is no number and 1.5 no whole number, but 4 serves where 4.0 is meant.
+Switch = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Share = Annotated[Number, Field(ge=0, le=1)]  # both ends included
+Part = Annotated[Number, Field(gt=0, lt=1)]  # neither
+Count = Annotated[Whole, Field(ge=1, le=1_000_000)]
+Text = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
+def _use(ok: bool, remedy: str) -> None:
+    """Refuse what is being validated; `parse` adds key and value."""
+    if not ok:
+        raise ValueError(f"use {remedy}")
+
+
+def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    _use(len({str(value) for value in values}) == len(values), "each entry once")
+    return values
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class Data:
-    """Where the user's own images lie."""
+    """The folder of the user's own images, read by the `image_folder` source."""
 
-    path: str
-
-    def __post_init__(self) -> None:
-        require(bool(self.path), "path", "name a folder, for example data/source")
+    path: Text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class KD:
     """Knowledge distillation: loss = (1 - beta) CE + beta T^2 D(student/T, teacher/T).
 
-    `source` says who supervises the BranchyNet's exits; branches distilled alone always learn from
+    `source` is who supervises the BranchyNet's exits; branches distilled alone always learn from
     the teacher. `paper_weights` restores the paper's weights for its Wasserstein distance.
     """
 
     distance: Literal["kl", "js", "wasserstein", "wasserstein_classes", "dkd", "none"]
-    beta: float
-    temperature: float
+    beta: Share
+    temperature: Annotated[Number, Field(gt=0, le=1000)]
     source: Literal["teacher", "main", "both"]
-    paper_weights: bool
-
-    def __post_init__(self) -> None:
-        require(0 <= self.beta <= 1, "beta", "use a share between 0 (labels only) and 1")
-        require(self.temperature > 0, "temperature", "use a number above 0; 4 is usual")
+    paper_weights: Switch
 
 
-@dataclass(frozen=True)
-class Distill:
-    """Which branches are distilled alone."""
-
-    branches: tuple[int, ...]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class BranchyNet:
-    """Where the exits are, in which order they are trained, and their weights when joint.
+    """Where the exits are, and how they are trained.
 
     `layout` is a name, or a list of `{attach: ..., kind: ...}` for the exits before the main one.
+    When exits learn together, `main_weight` is the main exit's share of the loss, and with
+    `detach` the early exits' losses do not reach the trunk.
     """
 
     layout: str | tuple[ExitSpec, ...]
     order: Literal["independent", "synchronous", "asynchronous", "asynchronous_back", "mixed"]
-    weights: tuple[float, ...]
+    main_weight: Share
+    detach: Switch
 
-    def __post_init__(self) -> None:
-        positive = all(weight >= 0 for weight in self.weights) and sum(self.weights) > 0
-        require(positive, "weights", "use one weight of 0 or more per exit, not all 0")
-
-
-@dataclass(frozen=True)
-class Export:
-    """How strictly ONNX must agree with PyTorch, and int8 with both."""
-
-    parity_images: int
-    parity_tolerance: float
-    quantisation_images: int
-    int8_tolerance: float
-
-    def __post_init__(self) -> None:
-        require(self.parity_images >= 1, "parity_images", "use at least 1")
-        require(0 < self.parity_tolerance < 1, "parity_tolerance", "use a small number, 1.0e-4")
-        require(self.quantisation_images >= 1, "quantisation_images", "use at least 1")
-        require(0 < self.int8_tolerance <= 1, "int8_tolerance", "use a share such as 0.01")
+    def weights(self, exits: int) -> tuple[float, ...]:
+        """The weights of the exits' losses, `[E]`: the early exits share the rest evenly."""
+        early = exits - 1
+        return (*[(1 - self.main_weight) / early] * early, self.main_weight)
 
 
-@dataclass(frozen=True)
-class Calibrate:
-    """The score, what is required, and how the operating points are chosen."""
+@dataclass(frozen=True, config=_CONFIG)
+class Optimisation:
+    """How weights move in all three training stages.
 
-    score: Literal["best", "max_probability", "margin", "entropy", "learned"]
-    proportions: tuple[float, ...]
-    cost_step: float
-    delta: float
-    requirements: tuple[Requirement, ...]
-
-    def __post_init__(self) -> None:
-        in_range = all(0 <= share <= 1 for share in self.proportions)
-        require(in_range, "proportions", "every share must lie between 0 and 1")
-        require(0.01 <= self.cost_step <= 1, "cost_step", "use a share such as 0.05")
-        require(0 < self.delta < 1, "delta", "use a risk between 0 and 1, such as 0.1")
-        names = [asked.name for asked in self.requirements]
-        require(len(set(names)) == len(names), "requirements", "list each requirement once")
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """How and where the device is measured; `threads`: first its own setting, then others."""
-
-    device: str
-    python: str
-    latency_images: int
-    deadline_ms: float | None
-    threads: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.device != "local":
-            ssh_command(self.device)  # refuses what is no address, before anything is trained
-        require(bool(self.python), "python", "name the device's interpreter, such as python3")
-        require(self.latency_images >= 1, "latency_images", "use at least 1")
-        deadline = self.deadline_ms
-        require(deadline is None or deadline > 0, "deadline_ms", "use milliseconds above 0")
-        distinct = 0 < len(set(self.threads)) == len(self.threads)
-        possible = distinct and all(1 <= number <= 1024 for number in self.threads)
-        require(
-            possible, "threads", "list numbers of threads from 1, each once; the device's first"
-        )
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """Whether runs are logged, where in MLflow, and what happens when it is away at start."""
-
-    enabled: bool
-    experiment: str
-    on_failure: Literal["fail", "warn"]
-
-    def __post_init__(self) -> None:
-        require(bool(self.experiment.strip()), "experiment", "name the MLflow experiment")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A labelled image set and its splits.
-
-    `validation`, `calibration` and `test` are a number of images (int) or a share of all images
-    (float below 1); `test: null` keeps the source's own test split.
+    `milestones`, of schedule `step`, are shares of the epochs up to 1, and epochs above it.
     """
 
-    source: Literal["digits", "cifar10", "cifar100", "image_folder"]
-    image_size: int
-    channels: int
-    fit: Literal["exact", "resize"]
-    validation: int | float
-    calibration: int | float
-    test: int | float | None
-
-    def __post_init__(self) -> None:
-        fits = 8 <= self.image_size <= 1024 and self.image_size % 8 == 0
-        require(fits, "image_size", "use a multiple of 8 up to 1024 (three stages halve the side)")
-        require(self.channels in (1, 3), "channels", "use 1 (grey) or 3 (colour)")
-        for name in ("validation", "calibration", "test"):
-            value = getattr(self, name)
-            ok = value is None or (value >= 1 if isinstance(value, int) else 0 < value < 1)
-            require(ok, name, "use a number of images (whole, at least 1) or a share such as 0.1")
-
-
-@dataclass(frozen=True)
-class Network:
-    """A backbone and the channels of its first stage."""
-
-    network: Literal["resnet10", "resnet18", "resnet34"]
-    width: int
-
-    def __post_init__(self) -> None:
-        require(1 <= self.width <= 1024, "width", "use 1 to 1024 channels; the paper's is 64")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one network is trained; the last epoch's weights (or their moving average) are kept."""
-
-    epochs: int
-    batch_size: int
     optimiser: Literal["sgd", "adam", "adamw"]
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    decay_norms: bool
+    momentum: Part
+    nesterov: Switch
+    weight_decay: Annotated[Number, Field(ge=0, le=10)]
+    decay_norms: Switch
     schedule: Literal["one_cycle", "cosine", "step"]
-    warmup: float
-    label_smoothing: float
-    ema: float
-    clip: float | None
-    patience: int | None
-
-    def __post_init__(self) -> None:
-        require(self.epochs >= 1, "epochs", "use at least 1")
-        require(self.batch_size >= 2, "batch_size", "use at least 2 (batch norm needs two)")
-        require(self.learning_rate > 0, "learning_rate", "use a number above 0")
-        require(0 < self.momentum < 1, "momentum", "use a number between 0 and 1; 0.9 is usual")
-        require(self.weight_decay >= 0, "weight_decay", "use 0 or more; 5.0e-4 is usual")
-        require(0 <= self.warmup < 1, "warmup", "use the share of steps spent rising, such as 0.2")
-        smooth = 0 <= self.label_smoothing < 1
-        require(smooth, "label_smoothing", "use 0 (none) or a share such as 0.1")
-        require(0 <= self.ema < 1, "ema", "use 0 (none) or a decay per step such as 0.999")
-        require(self.clip is None or self.clip > 0, "clip", "use null (none) or a largest norm")
-        patient = self.patience is None or self.patience >= 1
-        require(patient, "patience", "use null (train all epochs) or epochs without improvement")
+    milestones: tuple[Annotated[Number, Field(gt=0, le=1_000_000)], ...]
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)]
+    ema: Annotated[Number, Field(ge=0, lt=1)]
+    clip: Annotated[Number, Field(gt=0)] | None
+    patience: Count | None
 
 
-@dataclass(frozen=True)
-class Augmentation:
+@dataclass(frozen=True, config=_CONFIG)
+class CropAndFlip:
+    """The part of the augmentation that a profile chooses for its images."""
+
+    crop_padding: Annotated[Whole, Field(ge=0, le=1024)]
+    flip: Switch
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Mixing:
+    """The part of the augmentation that all profiles share; 0 and false are off."""
+
+    cutout: Annotated[Whole, Field(ge=0, le=1024)]
+    mixup: Annotated[Number, Field(ge=0, le=100)]
+    cutmix: Annotated[Number, Field(ge=0, le=100)]
+    trivial_augment: Switch
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Augmentation(Mixing, CropAndFlip):
     """What is done to training images, drawn per image."""
 
-    crop_padding: int
-    flip: bool
-    cutout: int
-    mixup: float
-    cutmix: float
-    trivial_augment: bool
 
-    def __post_init__(self) -> None:
-        require(self.crop_padding >= 0, "crop_padding", "use 0 (no random crop) or more pixels")
-        require(self.cutout >= 0, "cutout", "use 0 (none) or the side of the erased square")
-        require(self.mixup >= 0, "mixup", "use 0 (none) or the Beta parameter, such as 0.2")
-        require(self.cutmix >= 0, "cutmix", "use 0 (none) or the Beta parameter, such as 1.0")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class Training:
     """How the machine trains; checkpoints are written every so many epochs."""
 
     precision: Literal["fp32", "bf16"]
-    channels_last: bool
-    compile: bool
-    checkpoint_every: int
+    channels_last: Switch
+    compile: Switch
+    checkpoint_every: Count
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Export:
+    """How strictly ONNX must agree with PyTorch, and int8 with both."""
+
+    parity_images: Count
+    parity_tolerance: Part
+    quantisation_images: Count
+    int8_tolerance: Annotated[Number, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Requirement:
+    """Exactly one of a greatest mean cost, a least accuracy and a greatest degradation.
+
+    `max_cost` is a share of the plain main network's MACs; `max_degradation` is the share of images
+    that the full network has right and the early answer wrong. `delta` is the risk that the promise
+    fails over the draw of the calibration split (left out: `calibrate.delta`).
+    """
+
+    max_cost: Annotated[Number, Field(gt=0)] | None = None
+    min_accuracy: Part | None = None
+    max_degradation: Part | None = None
+    delta: Part | None = None
 
     def __post_init__(self) -> None:
-        require(self.checkpoint_every >= 1, "checkpoint_every", "use at least 1 epoch")
+        bounds = [self.max_cost, self.min_accuracy, self.max_degradation]
+        _use(bounds.count(None) == 2, "one of max_cost, min_accuracy and max_degradation")
+        joint = self.max_cost is not None and self.delta is not None
+        _use(not joint, "calibrate.delta: costs are promised together, at that risk")
+
+    @property
+    def kind(self) -> str:
+        """`max_cost`, `min_accuracy` or `max_degradation`."""
+        kinds = ("max_cost", "min_accuracy", "max_degradation")
+        return next(kind for kind in kinds if getattr(self, kind) is not None)
+
+    @property
+    def bound(self) -> float:
+        """The required number."""
+        return float(getattr(self, self.kind))
+
+    @property
+    def name(self) -> str:
+        """How metrics call it: `max_degradation_0.03`, `max_degradation_0.03_delta_0.05`."""
+        risk = "" if self.delta is None else f"_delta_{self.delta:g}"
+        return f"{self.kind}_{self.bound:g}{risk}"
+
+    def __str__(self) -> str:
+        return self.name
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything the fit loop is told: no section of its own, but put together from several."""
+@dataclass(frozen=True, config=_CONFIG)
+class Proportions:
+    """The share of images that leaves at each exit, `[E]`: of those that reach it, or of all."""
 
-    seed: int
-    training: Training
-    augmentation: Augmentation
-    recipe: Recipe
+    of_reaching: tuple[Share, ...] | None = None
+    of_all: tuple[Share, ...] | None = None
+
+    def __post_init__(self) -> None:
+        one = (self.of_reaching is None) != (self.of_all is None)
+        _use(one, "one share, or {of_reaching: [...]}, or {of_all: [...]}")
+        _use(sum(self.of_all or ()) < 1 + 1e-9, "shares of all images that sum to at most 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
+class Calibrate:
+    """The score, what is required, and how the operating points are chosen."""
+
+    score: Literal["best", "max_probability", "margin", "entropy", "learned"]
+    proportions: Share | Proportions
+    cost_step: Annotated[Number, Field(ge=0.01, le=1)]
+    delta: Part
+    requirements: Annotated[tuple[Requirement, ...], AfterValidator(_once)]
+
+    def shares(self, exits: int) -> tuple[float, ...]:
+        """The share of the images reaching each exit that leaves there, `[E]`.
+
+        A single number is that of every early exit; the main exit then answers all that reach it.
+        """
+        if not isinstance(self.proportions, Proportions):
+            return (*[self.proportions] * (exits - 1), 1.0)
+        if self.proportions.of_reaching is not None:
+            return self.proportions.of_reaching
+        shares, reaching = [], 1.0
+        for share in self.proportions.of_all or ():
+            shares.append(min(1.0, share / reaching) if reaching > 1e-9 else 0.0)
+            reaching -= share
+        return tuple(shares)
+
+
+def _device(value: str) -> str:
+    if value != "local":
+        ssh_command(value)  # refuses what is no address
+    return value
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Evaluate:
+    """How and where the device is measured; the first of `threads` is the device itself."""
+
+    device: Annotated[str, AfterValidator(_device)]
+    python: Text
+    latency_images: Count
+    deadline_ms: Annotated[Number, Field(gt=0)] | None
+    threads: Annotated[
+        tuple[Annotated[Whole, Field(ge=1, le=1024)], ...],
+        Field(min_length=1),
+        AfterValidator(_once),
+    ]
+
+
+def _experiment(value: str) -> str:
+    ok = bool(value.strip()) and all(c.isalnum() or c in " ._-" for c in value)
+    _use(ok, "letters, digits, spaces and . _ - (registered models are named after it)")
+    return value
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Tracking:
+    """Whether runs are logged, where in MLflow, and what happens when it is away at start."""
+
+    enabled: Switch
+    experiment: Annotated[str, AfterValidator(_experiment)]
+    on_failure: Literal["fail", "warn"]
+
+
+def _images(value: float) -> float:
+    ok = 1 <= value <= 10**9 if isinstance(value, int) else 0 < value < 1
+    _use(ok, "a number of images (whole, at least 1) or a share such as 0.1")
+    return value
+
+
+Images = Annotated[Whole | Number, AfterValidator(_images)]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Source:
+    """A labelled image set and its splits.
+
+    `validation`, `calibration` and `test` are a number of images (int) or a share of all images
+    (float below 1); `test: null` keeps the source's own test split. Three stages halve the side.
+    """
+
+    source: Literal["digits", "cifar10", "cifar100", "image_folder"]
+    image_size: Annotated[Whole, Field(ge=8, le=1024, multiple_of=8)]
+    channels: Literal[1, 3]
+    fit: Literal["exact", "resize"]
+    validation: Images
+    calibration: Images
+    test: Images | None
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Network:
+    """A backbone and the channels of its first stage."""
+
+    network: Literal["resnet10", "resnet18", "resnet34"]
+    width: Annotated[Whole, Field(ge=1, le=1024)]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Recipe:
+    """How long and how fast one network is trained; `warmup`: share of steps with a rising rate."""
+
+    epochs: Count
+    batch_size: Annotated[Whole, Field(ge=2, le=65536)]
+    learning_rate: Annotated[Number, Field(gt=0, le=1000)]
+    warmup: Annotated[Number, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class PhasedRecipe:
+    """The recipe of an order's phases: `epochs` is one number for all, or one for each."""
+
+    epochs: Count | tuple[Count, ...]
+    batch_size: Annotated[Whole, Field(ge=2, le=65536)]
+    learning_rate: Annotated[Number, Field(gt=0, le=1000)]
+    warmup: Annotated[Number, Field(ge=0, lt=1)]
+
+    def phases(self, count: int) -> tuple[Recipe, ...]:
+        """The recipes of an order's `count` phases."""
+        epochs = [self.epochs] * count if isinstance(self.epochs, int) else self.epochs
+        return tuple(Recipe(e, self.batch_size, self.learning_rate, self.warmup) for e in epochs)
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class Recipes:
     """One recipe per training stage."""
 
     train_teacher: Recipe
     distill: Recipe
-    train_branchynet: Recipe
+    train_branchynet: PhasedRecipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class Profile:
     """The data, the networks and their recipes."""
 
     data: Source
     teacher: Network
     student: Network
-    augmentation: Augmentation
+    augmentation: CropAndFlip
     recipes: Recipes
 
     def __post_init__(self) -> None:
         fits = self.augmentation.crop_padding < self.data.image_size
-        require(fits, "augmentation.crop_padding", "pad by less than the image's side")
+        _use(fits, "an augmentation.crop_padding below data.image_size")
 
 
-@dataclass(frozen=True)
-class Params:
-    """All of params.yaml, with only the chosen profile."""
+@dataclass(frozen=True, config=_CONFIG)
+class Plan:
+    """What the fit loop is told, put together from several sections."""
 
-    profile_name: str
     seed: int
+    training: Training
+    augmentation: Augmentation
+    optimisation: Optimisation
+    recipe: Recipe
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class _Shared:
+    """The sections that are the same for all profiles."""
+
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)]
     data: Data
     kd: KD
-    distill: Distill
     branchynet: BranchyNet
+    optimisation: Optimisation
     training: Training
     export: Export
     calibrate: Calibrate
     evaluate: Evaluate
     tracking: Tracking
-    profile: Profile
 
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**31, "seed", "use a whole number from 0 to 2147483647")
-        student = self.profile.student
-        # Classes and channels do not matter here: this checks attach points, kinds and order.
-        layout = Architecture.with_layout(self.branchynet.layout, student.network, 8, 1, 2)
-        exits, order = len(layout.exits), self.branchynet.order
-        branches, starts = self.distill.branches, ORDERS[order](layout.depths).starts
-        fits = len(set(branches)) == len(branches) and all(0 <= b < exits for b in branches)
-        first = ", ".join(map(str, starts)) or "none"
-        require(
-            fits and bool(branches) and set(starts) <= set(branches),
-            "distill.branches",
-            f"the layout has exits 0 to {exits - 1}, each named once, and order {order} starts "
-            f"from branch {first}; add -S 'distill.branches=[{','.join(map(str, range(exits)))}]'",
-        )
-        for key, values in (
-            ("branchynet.weights", self.branchynet.weights),
-            ("calibrate.proportions", self.calibrate.proportions),
-        ):
-            example = ",".join(["0.5"] * exits)
-            require(
-                len(values) == exits,
-                key,
-                f"the layout has {exits} exits; give as many numbers, e.g. -S '{key}=[{example}]'",
-            )
-        require(
-            self.kd.source == "teacher" or order not in ("asynchronous_back", "independent"),
-            "kd.source",
-            f"with order {order} the main exit is not there to supervise the others; use "
-            "-S kd.source=teacher",
-        )
+
+def _name(value: str) -> str:
+    ok = value.replace("-", "").replace("_", "").isalnum()
+    _use(ok, "letters, digits, - and _ in a profile's name")
+    return value
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class _File(_Shared):
+    """params.yaml as it is written."""
+
+    profile: str
+    augmentation: Mixing
+    profiles: Annotated[dict[Annotated[str, AfterValidator(_name)], Profile], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Params(_Shared):
+    """All of params.yaml, with only the chosen profile."""
+
+    profile_name: str
+    profile: Profile
+    augmentation: Augmentation
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """What the fit loop is told when it follows `recipe`."""
+        return Plan(self.seed, self.training, self.augmentation, self.optimisation, recipe)
 
 
 def load(path: Path = Path("params.yaml")) -> Params:
-    """Read and check params.yaml.
-
-    Errors: InputError naming key, value and remedy.
-    """
-    import yaml  # imported here so that a bare training machine needs no PyYAML
-
+    """Read and check params.yaml. Errors: InputError naming key, value and remedy."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing; run from the repository's root, where params.yaml lies"
-        ) from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}); replace it") from error
+        raise InputError(f"{path} is missing; run in the repository's root, where it is") from None
+    except (YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).partition("To suppress this check")[0].split())
+        raise InputError(f"{path} is not valid YAML ({reason}); correct it") from None
+    except (OSError, ValueError) as error:  # not UTF-8, or a number of thousands of digits
+        raise InputError(f"{path} cannot be read ({error}); correct it") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold sections such as `kd:`, not {content!r}")
+        raise InputError(f"{path} must hold sections such as `kd:`, not {_shown(content)}")
     return parse(content, str(path))
 
 
@@ -372,25 +423,107 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
     """Build the parameters from the content of a params.yaml.
 
     Errors: InputError naming key, value and remedy. Every profile is checked, so a typo in one
-    that is not chosen is found too.
+    that is not chosen is reported too.
     """
-    sections = [field.name for field in fields(Params) if field.name != "profile_name"]
-    check_keys(content, [*sections, "profiles"], "", where)
-    values = dict(content)
-    for key in ("profile", "profiles"):
-        if key not in values:
-            raise InputError(f"{where}: key `{key}` is missing; add it")
-    name, profiles = values.pop("profile"), values.pop("profiles")
-    if not isinstance(profiles, dict) or not profiles:
-        raise InputError(f"{where}: `profiles` must hold at least one profile")
-    if not isinstance(name, str) or name not in profiles:
-        raise InputError(
-            f"{where}: profile = {name!r} does not exist; use one of "
-            f"{', '.join(map(str, profiles))}"
-        )
-    built = {
-        key: build(Profile, block, f"profiles.{key}", where) for key, block in profiles.items()
-    }
-    values |= {"profile_name": name, "profile": built[name]}
-    params: Params = build(Params, values, "", where)
+    try:
+        file = TypeAdapter(_File).validate_python(content)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_message(error, content)}") from None
+    name, profiles = file.profile, file.profiles
+    if name not in profiles:
+        raise InputError(f"{where}: profile = {name} is unknown; use one of {', '.join(profiles)}")
+    shared = {field.name: getattr(file, field.name) for field in dataclasses.fields(_Shared)}
+    both = (profiles[name].augmentation, file.augmentation)
+    augmentation = Augmentation(**{k: v for part in both for k, v in vars(part).items()})
+    params = Params(**shared, profile_name=name, profile=profiles[name], augmentation=augmentation)
+    try:
+        _check_exits(params)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
     return params
+
+
+def _check_exits(params: Params) -> None:
+    """Refuse what does not fit the layout's exits or the order's phases."""
+    order = params.branchynet.order
+    # Classes and channels do not matter here: this checks attach points, kinds and their sequence.
+    network = params.profile.student.network
+    depths = Architecture.with_layout(params.branchynet.layout, network, 8, 1, 2).depths
+    shares = len(params.calibrate.shares(len(depths)))
+    if shares != len(depths):
+        raise ValueError(
+            f"calibrate.proportions has {shares} shares, the layout {len(depths)} exits; give as "
+            "many, or one number for all early exits"
+        )
+    epochs, phases = params.profile.recipes.train_branchynet.epochs, ORDERS[order](depths).phases
+    if isinstance(epochs, tuple) and len(epochs) != len(phases):
+        raise ValueError(
+            f"profiles.{params.profile_name}.recipes.train_branchynet.epochs = {_shown(epochs)}, "
+            f"but order {order} has {len(phases)} phases; give as many numbers, or one for all"
+        )
+    if params.kd.source != "teacher" and order in ("asynchronous_back", "independent"):
+        raise ValueError(
+            f"kd.source = {params.kd.source}, but with order {order} the main exit is not there "
+            "to supervise the others; use -S kd.source=teacher"
+        )
+
+
+_WORDS = {  # pydantic's words where ours are plainer; `missing` and unknown keys are in _message
+    "bool_type": "must be true or false",
+    "dataclass_type": "must be a section with keys of its own",
+    "dict_type": "must be a section with keys of its own",
+    "tuple_type": "must be a list",
+    "too_short": "must have at least one entry",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+}
+_UNKNOWN = "unexpected_keyword_argument"
+
+
+def _message(error: ValidationError, content: Any) -> str:
+    """Key, value and remedy of one fault: an unknown key, else our own refusal, else the deepest.
+
+    (A misspelt key is also missing; of a value with several forms the deepest fault fits best.)
+    """
+    rank = {_UNKNOWN: 2, "value_error": 1}
+    faults = error.errors(include_url=False)
+    fault = max(faults, key=lambda fault: (rank.get(fault["type"], 0), len(fault["loc"])))
+    kind: Any = _File
+    key, keys, missing = "", [], fault["type"] == "missing"
+    for number, part in enumerate(fault["loc"], 1):
+        index = isinstance(content, list) and isinstance(part, int)
+        known = index or (isinstance(content, Mapping) and part in content)
+        if not known and not (missing and number == len(fault["loc"])):
+            continue  # not a key: pydantic's name for one form of a value
+        key += f"[{part}]" if isinstance(part, int) else f".{part}"
+        keys = [field.name for field in dataclasses.fields(kind)]
+        kind = _section(typing.get_type_hints(kind).get(str(part))) or kind
+        content = content[part] if known else None
+    key = key.removeprefix(".")
+    if missing:
+        return f"key `{key}` is missing; add it"
+    if fault["type"] == _UNKNOWN:
+        close = difflib.get_close_matches(str(fault["loc"][-1]), keys, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(keys)}"
+        return f"unknown key `{key}` = {_shown(content)}; {hint}"
+    reason = fault.get("ctx", {}).get("error")
+    if isinstance(reason, InputError):
+        return str(reason)
+    words = fault["msg"].replace("Input should", "must").replace("Value error,", "is refused;")
+    return f"{key} = {_shown(fault['input'])} {_WORDS.get(fault['type'], words)}"
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass in a type such as `tuple[Requirement, ...]`; None where there is none."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return next(filter(None, map(_section, typing.get_args(hint))), None)
+
+
+def _shown(value: Any) -> str:
+    """A value on one line, as JSON, which YAML reads."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError):  # a key that is no text, a list inside itself
+        text = str(value)
+    return text if len(text) < 100 else f"{text[:90]}..."

@@ -1,6 +1,6 @@
 """Stage `train_branchynet`: all exits of one network, in the order that was asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -31,20 +31,22 @@ def train_branchynet(
     teacher: BranchyNet | None,
     kd: KD,
     weights: tuple[float, ...],
-    plan: Plan,
+    plans: Sequence[Plan],
     *,
     on_epoch: OnEpoch,
 ) -> Trained:
     """Train a BranchyNet from the distilled branches its order starts from.
 
     `branches` maps their numbers to networks; what later phases do not train again stays
-    unchanged. `weights` `[E]` are those of the exits' losses when they learn together. The history
-    has one row an epoch, its keys named by exit. Needs the splits train and validation.
+    unchanged. `weights` `[E]` are those of the exits' losses when they learn together, `plans` are
+    one for each of the order's phases. The history has one row an epoch, its keys named by exit.
+    Needs the splits train and validation.
     """
     device = local_device()
     images = Images.of(dataset, device)
     teacher = teacher.to(device) if teacher else None
-    torch.manual_seed(plan.seed)
+    if plans:
+        torch.manual_seed(plans[0].seed)
     network = BranchyNet(student)
     for number in order.starts:
         network.load_branch(number, branches[number])
@@ -52,7 +54,7 @@ def train_branchynet(
     main, resumes = len(network.exits) - 1, []
     rows: dict[int, dict[str, float]] = {}
     started = [fingerprint(branches[number]) for number in order.starts]
-    for number, phase in enumerate(order.phases):
+    for number, (phase, plan) in enumerate(zip(order.phases, plans, strict=True)):
         joint = len(phase.exits) > 1
         # The main exit can supervise others once it has learnt: it comes from a distilled branch.
         guide = main in order.starts and not joint
@@ -63,7 +65,7 @@ def train_branchynet(
             main=OneExit(network, main, network.attached[main]) if guide else None,
             joint=joint,
             weights=weights if joint else None,
-            label_smoothing=plan.recipe.label_smoothing,
+            label_smoothing=plan.optimisation.label_smoothing,
             paper_factor=_PAPER_FACTOR,
         )
 

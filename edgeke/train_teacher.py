@@ -18,7 +18,7 @@ def train_teacher(dataset: Dataset, network: Network, plan: Plan, *, on_epoch: O
     architecture = teacher_architecture(network, dataset)
     return train_alone(
         architecture,
-        CrossEntropy(label_smoothing=plan.recipe.label_smoothing),
+        CrossEntropy(label_smoothing=plan.optimisation.label_smoothing),
         Images.of(dataset, local_device()),
         plan,
         description="teacher",

@@ -1,4 +1,4 @@
-"""Dataset and teacher -> models/branches/<i>.{safetensors,json}; i is the one argument."""
+"""Dataset and teacher -> models/branches/<i>.{safetensors,json}, one for each exit."""
 
 import sys
 from pathlib import Path
@@ -7,46 +7,49 @@ import torch
 
 from edgeke.data.dataset import load_dataset
 from edgeke.distill import distill
-from edgeke.errors import InputError
 from edgeke.files import write_table
 from edgeke.learning.build import student_architecture
 from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
-from edgeke.params import Params, Plan
+from edgeke.params import Params
 from edgeke.tracking.runs import Run
 from stages._entry import entry
 
 
-def run(params: Params, log: Run, number: str) -> dict[str, float]:
+def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
-    recipe, augmentation, kd = (
-        params.profile.recipes.distill,
-        params.profile.augmentation,
-        params.kd,
-    )
-    plan = Plan(params.seed, params.training, augmentation, recipe)
+    kd, plan = params.kd, params.plan(params.profile.recipes.distill)
     student = student_architecture(params.profile.student, params.branchynet.layout, dataset)
-    if number not in map(str, range(len(student.exits))):
-        raise InputError(
-            f"branch {number} does not exist; run `python -m stages.distill BRANCH` with a number "
-            f"from 0 to {len(student.exits) - 1}"
-        )
-    branch, teacher = int(number), None
+    teacher = None
     if kd.distance != "none":
         teacher, _ = load_checkpoint(Path("models/teacher"), torch.device("cpu"))
-    trained = distill(dataset, student, branch, teacher, kd, plan, on_epoch=log.epoch)
-    metrics = trained.history[-1]
-    save_checkpoint(
-        trained.network,
-        Path(f"models/branches/{branch}"),
-        preprocessing=Preprocessing.of(dataset),
-        params={"plan": plan, "kd": kd},
-        metrics=metrics,
-    )
-    write_table(Path(f"results/distill/{branch}/history.csv"), trained.rows())
-    trained.forget_checkpoints()
+    metrics: dict[str, float] = {}
+    branches, rows = [], []
+    for number in range(len(student.exits)):
+
+        def on_epoch(epoch: int, row: dict[str, float], number: int = number) -> None:
+            log.epoch(epoch, _named(row, number))
+
+        branch = distill(dataset, student, number, teacher, kd, plan, on_epoch=on_epoch)
+        save_checkpoint(
+            branch.network,
+            Path(f"models/branches/{number}"),
+            preprocessing=Preprocessing.of(dataset),
+            params={"plan": plan, "kd": kd},
+            metrics=branch.history[-1],
+        )
+        metrics |= _named(branch.history[-1], number)
+        rows += [{"branch": number, **row} for row in branch.rows()]
+        branches.append(branch)
+    write_table(Path("results/distill/history.csv"), rows)
+    for branch in branches:  # only now: a stage that is killed before starts from an empty folder
+        branch.forget_checkpoints()
     return metrics
 
 
+def _named(row: dict[str, float], number: int) -> dict[str, float]:
+    """`train/loss` of branch 1 is `train/branch_1/loss`."""
+    return {key.replace("/", f"/branch_{number}/", 1): value for key, value in row.items()}
+
+
 if __name__ == "__main__":
-    number = sys.argv[1] if len(sys.argv) == 2 else "none"
-    sys.exit(entry(f"distill/{number}", lambda params, log: run(params, log, number)))
+    sys.exit(entry("distill", run))

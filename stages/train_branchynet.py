@@ -1,6 +1,7 @@
 """Dataset, teacher, distilled branches -> models/branchynet.{safetensors,json}."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from edgeke.files import write_table
 from edgeke.learning.build import student_architecture
 from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
 from edgeke.learning.orders import ORDERS
-from edgeke.params import Params, Plan
+from edgeke.params import Params
 from edgeke.tracking.runs import Run
 from edgeke.train_branchynet import exit_metrics, train_branchynet
 from stages._entry import entry
@@ -18,11 +19,12 @@ from stages._entry import entry
 
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
-    recipe, kd, knobs = params.profile.recipes.train_branchynet, params.kd, params.branchynet
-    plan = Plan(params.seed, params.training, params.profile.augmentation, recipe)
-    shared = knobs.order != "independent"
-    student = student_architecture(params.profile.student, knobs.layout, dataset, shared=shared)
-    order, cpu = ORDERS[knobs.order](student.depths), torch.device("cpu")
+    kd, settings, cpu = params.kd, params.branchynet, torch.device("cpu")
+    shared = settings.order != "independent"
+    student = student_architecture(params.profile.student, settings.layout, dataset, shared=shared)
+    order = ORDERS[settings.order](student.depths)
+    recipes = params.profile.recipes.train_branchynet.phases(len(order.phases))
+    plans = [params.plan(recipe) for recipe in recipes]
     branches = {i: load_checkpoint(Path(f"models/branches/{i}"), cpu)[0] for i in order.starts}
     teacher = None
     if kd.distance != "none":
@@ -34,8 +36,8 @@ def run(params: Params, log: Run) -> dict[str, float]:
         branches,
         teacher,
         kd,
-        knobs.weights,
-        plan,
+        settings.weights(len(student.exits)),
+        plans,
         on_epoch=log.epoch,
     )
     metrics = exit_metrics(trained.network, dataset)
@@ -43,7 +45,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
         trained.network,
         Path("models/branchynet"),
         preprocessing=Preprocessing.of(dataset),
-        params={"plan": plan, "kd": kd, "branchynet": knobs},
+        params={"plans": [asdict(plan) for plan in plans], "kd": kd, "branchynet": settings},
         metrics=metrics,
     )
     write_table(Path("results/train_branchynet/history.csv"), trained.rows())

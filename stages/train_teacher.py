@@ -6,7 +6,7 @@ from pathlib import Path
 from edgeke.data.dataset import load_dataset
 from edgeke.files import write_table
 from edgeke.learning.checkpoints import Preprocessing, save_checkpoint
-from edgeke.params import Params, Plan
+from edgeke.params import Params
 from edgeke.tracking.runs import Run
 from edgeke.train_teacher import train_teacher
 from stages._entry import entry
@@ -14,8 +14,7 @@ from stages._entry import entry
 
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
-    recipe, augmentation = params.profile.recipes.train_teacher, params.profile.augmentation
-    plan = Plan(params.seed, params.training, augmentation, recipe)
+    plan = params.plan(params.profile.recipes.train_teacher)
     trained = train_teacher(dataset, params.profile.teacher, plan, on_epoch=log.epoch)
     metrics = trained.history[-1]
     save_checkpoint(

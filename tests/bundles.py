@@ -10,7 +10,7 @@ from edgeke.calibrate import Answers, compose, freeze
 from edgeke.data.dataset import Dataset, channels_last
 from edgeke.device.manifest import MANIFEST, Manifest
 from edgeke.graph.runner import segment_logits
-from edgeke.params import Calibrate
+from edgeke.params import Calibrate, Proportions
 from edgeke.policy.certify import certify
 
 MACS, MAIN = (60, 80, 110), 90
@@ -30,7 +30,7 @@ def build(folder: Path, segments: list, score: str, suffix: str, dataset: Datase
         Answers(segment_logits(files, channels_last(dataset[name].images), 1), dataset[name].labels)
         for name in ("validation", "calibration")
     )
-    settings = Calibrate(score, (0.5, 0.5, 0.9), 0.05, 0.1, ())
+    settings = Calibrate(score, Proportions((0.5, 0.5, 0.9)), 0.05, 0.1, ())
     frozen, _ = freeze(seen, MACS, MAIN, settings)
     policy = certify(frozen, held.logits, held.labels, 0.1, ())
     model = compose(files, policy, CLASSES, (SIZE, SIZE, 1))

@@ -17,7 +17,7 @@ from toys import CLASSES, SIZE, make_split, randomise
 from edgeke.data.dataset import Dataset, channel_statistics, save_dataset
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.params import Augmentation, Plan, Recipe, Training
+from edgeke.params import Augmentation, Optimisation, Plan, Recipe, Training
 
 
 @pytest.fixture(scope="session")
@@ -42,16 +42,15 @@ def dataset_file(dataset: Dataset, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def plan() -> Plan:
     """Two short epochs."""
-    recipe = Recipe(
-        epochs=2,
-        batch_size=16,
+    recipe = Recipe(epochs=2, batch_size=16, learning_rate=0.05, warmup=0.3)
+    optimisation = Optimisation(
         optimiser="sgd",
-        learning_rate=0.05,
         momentum=0.9,
+        nesterov=True,
         weight_decay=5e-4,
         decay_norms=True,
         schedule="one_cycle",
-        warmup=0.3,
+        milestones=(0.25, 0.5, 0.8),
         label_smoothing=0.0,
         ema=0.0,
         clip=None,
@@ -61,7 +60,7 @@ def plan() -> Plan:
         crop_padding=1, flip=False, cutout=0, mixup=0.0, cutmix=0.0, trivial_augment=False
     )
     training = Training(precision="fp32", channels_last=True, compile=False, checkpoint_every=1)
-    return Plan(0, training, augmentation, recipe)
+    return Plan(0, training, augmentation, optimisation, recipe)
 
 
 @pytest.fixture(autouse=True)

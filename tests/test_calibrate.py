@@ -19,11 +19,10 @@ from edgeke.calibrate import (
 from edgeke.data.dataset import channels_last
 from edgeke.device.policy import parse_policy
 from edgeke.device.session import open_session
-from edgeke.entries import Requirement
 from edgeke.errors import InputError
 from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments
-from edgeke.params import Calibrate
+from edgeke.params import Calibrate, Proportions, Requirement
 from edgeke.policy.certify import certify
 
 ASKED = tuple(
@@ -32,7 +31,7 @@ ASKED = tuple(
     )
     for asked in ({"max_degradation": 0.05}, {"min_accuracy": 0.99}, {"max_cost": 1.0})
 )
-SETTINGS = Calibrate("max_probability", (0.5, 0.5, 0.9), 0.05, 0.1, ASKED)
+SETTINGS = Calibrate("max_probability", Proportions((0.5, 0.5, 0.9)), 0.05, 0.1, ASKED)
 MACS, MAIN = (60, 80, 110), 90
 
 

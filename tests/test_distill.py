@@ -1,11 +1,6 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-import yaml
-from toys import ROOT, with_recipe
+from toys import with_recipe
 
 from edgeke.distill import distill
 from edgeke.learning.distances import DISTANCES
@@ -62,23 +57,3 @@ def test_beta_zero_is_training_without_a_teacher(dataset, architecture, plan, te
     )
     for key, value in without.network.state_dict().items():
         assert torch.allclose(value.float(), with_teacher.network.state_dict()[key].float())
-
-
-@pytest.mark.parametrize("argument", [[], ["7"], ["-1"], ["x"]], ids=str)
-def test_a_branch_that_does_not_exist_is_refused(dataset_file, argument):
-    root = dataset_file.parents[1]
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content["tracking"]["enabled"] = False
-    (root / "params.yaml").write_text(yaml.safe_dump(content))
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.distill", *argument],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "does not exist; run `python -m stages.distill BRANCH`" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (root / "models").exists()

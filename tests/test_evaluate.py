@@ -12,7 +12,6 @@ from edgeke.data.dataset import channels_last
 from edgeke.device.manifest import MANIFEST, Manifest
 from edgeke.device.policy import Answer
 from edgeke.device.scores import Score, calibrated_probabilities
-from edgeke.entries import Requirement
 from edgeke.errors import InputError
 from edgeke.evaluate import Evaluation, evaluate, headline, kept
 from edgeke.graph.quantise import quantise, quantise_segments
@@ -20,7 +19,7 @@ from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.params import Calibrate, Evaluate
+from edgeke.params import Calibrate, Evaluate, Proportions, Requirement
 from edgeke.policy.cascade import run_cascade
 
 MACS, MAIN = (60, 80, 110), 90
@@ -45,7 +44,7 @@ def built(dataset, tmp_path_factory):
         onnx.save(static, models / "static" / f"{name}.onnx")
         onnx.save(quantise(static, images), models / "static" / f"{name}.int8.onnx")
     settings = Calibrate(
-        "learned", (0.5, 0.5, 0.9), 0.05, 0.1, (Requirement(None, None, 0.6, None),)
+        "learned", Proportions((0.5, 0.5, 0.9)), 0.05, 0.1, (Requirement(None, None, 0.6, None),)
     )
     policies = {}
     for precision, graphs in both.items():

@@ -13,7 +13,7 @@ from pipelines import ENVIRONMENT, STAGES, children, client, metrics, parents, r
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.filterwarnings("ignore:::mlflow")]
 
-SLOTS = {f"edgeke.restored.{stage.replace('@', '/')}" for stage in STAGES}
+SLOTS = {f"edgeke.restored.{stage}" for stage in STAGES}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_beside_the_workspace(clone: Path):
 def test_a_run_killed_half_way_is_marked_and_the_next_goes_on(clone: Path):
     """kill -9 for all of it, as a power cut would; tiny's epochs are lengthened to hit one."""
     epochs = "profiles.tiny.recipes.distill.epochs=60"
-    command = ["dvc", "exp", "run", "-S", epochs, "-S", "kd.beta=0.7", "distill@0"]
+    command = ["dvc", "exp", "run", "-S", epochs, "-S", "kd.beta=0.7", "distill"]
     with subprocess.Popen(
         [*command, "--name", "cut"],
         cwd=clone, env=ENVIRONMENT, stdin=subprocess.DEVNULL,
@@ -172,32 +172,32 @@ def test_a_run_killed_half_way_is_marked_and_the_next_goes_on(clone: Path):
         finally:
             os.killpg(process.pid, signal.SIGKILL)
     cut = by_experiment(clone)["cut"]
-    dead = children(clone, cut.info.run_id)["distill@0"]
+    dead = children(clone, cut.info.run_id)["distill"]
     assert dead.info.status == cut.info.status == "RUNNING"  # nobody could say otherwise
     done = curve(clone, dead.info.run_id)[-1][0]
     assert 10 <= done < 60
 
     output = run(clone, *command, "--name", "goes-on")
-    assert ran(output) == ["distill@0"]
+    assert ran(output) == ["distill"]
     store = client(clone)
     assert store.get_run(dead.info.run_id).info.status == "KILLED"
     assert store.get_run(cut.info.run_id).info.status == "KILLED"
     next_run = by_experiment(clone)["goes-on"]
     assert next_run.info.status == "FINISHED"
-    resumed = children(clone, next_run.info.run_id)["distill@0"]
+    resumed = children(clone, next_run.info.run_id)["distill"]
     assert resumed.data.tags["edgeke.resumes"] == dead.info.run_id
     # The curve is whole, its beginning that of the killed run: nothing was trained twice.
     ours, before = curve(clone, resumed.info.run_id), curve(clone, dead.info.run_id)
     assert sorted({epoch for epoch, _ in ours}) == list(range(1, 61))
     saved = done - done % 5
     assert ours[:saved] == before[:saved]
-    assert metrics(clone, "distill/0")["validation/accuracy"] > 0
+    assert metrics(clone, "distill")["validation/branch_0/accuracy"] > 0
     run(clone, "git", "checkout", "--quiet", "--force", "HEAD")
     run(clone, "dvc", "checkout", "--force")
 
 
 def curve(root: Path, child: str) -> list[tuple[int, float]]:
-    history = client(root).get_metric_history(child, "validation/loss")
+    history = client(root).get_metric_history(child, "validation/branch_0/loss")
     return sorted((metric.step, metric.value) for metric in history)
 
 
@@ -205,7 +205,7 @@ def wait_for_epoch(root: Path, experiment: str, epoch: int) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         parent = by_experiment(root).get(experiment)
-        child = parent and children(root, parent.info.run_id).get("distill@0")
+        child = parent and children(root, parent.info.run_id).get("distill")
         if child and curve(root, child.info.run_id)[-1:] >= [(epoch, 0.0)]:
             return
         time.sleep(0.2)

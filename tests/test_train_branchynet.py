@@ -27,7 +27,7 @@ def train(dataset, architecture, name, plan, kd=NO_TEACHER, teacher=None, log=No
         teacher,
         kd,
         WEIGHTS,
-        plan,
+        [plan] * len(order.phases),
         on_epoch=log or (lambda epoch, row: None),
     )
     return trained, branches

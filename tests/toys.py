@@ -45,8 +45,15 @@ def randomise(network: BranchyNet, seed: int = 0) -> BranchyNet:
 
 
 def with_recipe(plan: Plan, **changes: Any) -> Plan:
-    """The plan with another recipe."""
-    return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, **changes))
+    """The plan with other values of its recipe, or of its optimisation."""
+    names = {field.name for field in dataclasses.fields(plan.recipe)}
+    recipe = {key: value for key, value in changes.items() if key in names}
+    others = {key: value for key, value in changes.items() if key not in names}
+    return dataclasses.replace(
+        plan,
+        recipe=dataclasses.replace(plan.recipe, **recipe),
+        optimisation=dataclasses.replace(plan.optimisation, **others),
+    )
 
 
 def replace(value: Any, **changes: Any) -> Any:

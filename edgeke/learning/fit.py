@@ -23,7 +23,7 @@ from edgeke.learning.resume import (
     stop_signals,
 )
 from edgeke.learning.schedules import SCHEDULES
-from edgeke.params import Plan, Recipe
+from edgeke.params import Plan
 
 __all__ = ["History", "OnEpoch", "fit", "make_optimiser"]
 
@@ -126,8 +126,8 @@ class _Run:
         self.network, self.root, self.images, self.plan = network, root, images, plan
         self.exits = exits
         self.steps = len(images.train) // plan.recipe.batch_size
-        self.optimiser = make_optimiser(network, plan.recipe)
-        decay = plan.recipe.ema
+        self.optimiser = make_optimiser(network, plan)
+        decay = plan.optimisation.ema
         self.average = (
             AveragedModel(
                 network,
@@ -150,7 +150,8 @@ class _Run:
         self, progress: Progress, bar: "tqdm[None]", stopped: list[int]
     ) -> tuple[dict[str, float] | None, int]:
         """Train one epoch from `progress.step` on; None, and the step, when told to stop."""
-        recipe, device = self.plan.recipe, self.images.train.device
+        recipe, settings = self.plan.recipe, self.plan.optimisation
+        device = self.images.train.device
         mixed_precision = self.plan.training.precision == "bf16"
         self.network.train()
         if not len(self.order):  # empty between epochs; a stop at step 0 keeps what was drawn
@@ -171,8 +172,8 @@ class _Run:
                 outcome = self.objective(self.answering, inputs, targets)
             self.optimiser.zero_grad()
             outcome["loss"].backward()  # type: ignore[no-untyped-call]
-            if recipe.clip is not None:
-                nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
+            if settings.clip is not None:
+                nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
             self.optimiser.step()
             if self.average is not None:
                 self.average.update_parameters(self.network)
@@ -189,7 +190,7 @@ class _Run:
 
     def out_of_patience(self, history: History) -> bool:
         """Whether validation loss has not fallen for `patience` epochs."""
-        patience = self.plan.recipe.patience
+        patience = self.plan.optimisation.patience
         if patience is None or len(history) <= patience:
             return False
         last = f"exit_{self.exits[-1]}/" if self.exits else ""
@@ -236,25 +237,27 @@ class _Run:
     def _set_rate(self, step: int) -> None:
         recipe = self.plan.recipe
         share = step / max(1, recipe.epochs * self.steps - 1)
-        factor = SCHEDULES[recipe.schedule](share, recipe.warmup)
+        factor = SCHEDULES[self.plan.optimisation.schedule](share, recipe.warmup)
         for group in self.optimiser.param_groups:
             group["lr"] = recipe.learning_rate * factor
 
 
-def make_optimiser(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, Adam or AdamW over everything that may learn.
+def make_optimiser(network: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+    """SGD with momentum, Adam or AdamW over everything that may learn.
 
     Without `decay_norms`, weight decay spares norms and biases (all one-dimensional parameters).
     """
+    settings = plan.optimisation
     learning = [p for p in network.parameters() if p.requires_grad]
-    spared = [p for p in learning if p.dim() < 2 and not recipe.decay_norms]
-    decayed = [p for p in learning if p.dim() >= 2 or recipe.decay_norms]
+    spared = [p for p in learning if p.dim() < 2 and not settings.decay_norms]
+    decayed = [p for p in learning if p.dim() >= 2 or settings.decay_norms]
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": spared, "weight_decay": 0.0},
     ]
-    rate = recipe.learning_rate
-    if recipe.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=True)
-    kind = torch.optim.Adam if recipe.optimiser == "adam" else torch.optim.AdamW
-    return kind(groups, lr=rate, betas=(recipe.momentum, 0.999))
+    rate = plan.recipe.learning_rate
+    if settings.optimiser == "sgd":
+        nesterov = settings.nesterov
+        return torch.optim.SGD(groups, rate, settings.momentum, nesterov=nesterov)
+    kind = torch.optim.Adam if settings.optimiser == "adam" else torch.optim.AdamW
+    return kind(groups, lr=rate, betas=(settings.momentum, 0.999))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgeke.device.choice import Request, UnmetError, choose
 from edgeke.device.policy import Answer, OperatingPoint, Policy, Promise
-from edgeke.entries import Requirement
+from edgeke.params import Requirement
 from edgeke.policy.candidates import Candidate, Sequences
 from edgeke.policy.intervals import share_interval
 from edgeke.policy.promises import reach_bounds, running_bounds

@@ -25,7 +25,7 @@ def train(dataset, plan, on_epoch=quiet):
     alone = Architecture.single("resnet10", 4, 1, len(dataset.classes))
     return train_alone(
         alone,
-        CrossEntropy(label_smoothing=plan.recipe.label_smoothing),
+        CrossEntropy(label_smoothing=plan.optimisation.label_smoothing),
         Images.of(dataset, CPU),
         plan,
         description="toy",
@@ -177,11 +177,11 @@ def test_predict_is_the_same_in_any_batching_and_keeps_the_mode(network, dataset
 
 
 def test_norms_and_biases_are_spared_on_request(network, plan):
-    groups = make_optimiser(network, replace(plan.recipe, decay_norms=False)).param_groups
+    groups = make_optimiser(network, with_recipe(plan, decay_norms=False)).param_groups
     assert [group["weight_decay"] for group in groups] == [5e-4, 0.0]
     assert all(p.dim() >= 2 for p in groups[0]["params"])
     assert all(p.dim() == 1 for p in groups[1]["params"])
-    everything = make_optimiser(network, plan.recipe).param_groups[0]["params"]
+    everything = make_optimiser(network, plan).param_groups[0]["params"]
     assert len(everything) == len(list(network.parameters()))
 
 

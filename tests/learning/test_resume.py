@@ -52,7 +52,7 @@ def test_round_trip_and_damage(plan):
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
 def test_the_optimisers_state_survives(network, plan, kind):
-    recipe = with_recipe(plan, optimiser=kind).recipe
+    plan = with_recipe(plan, optimiser=kind)
     images = torch.randn(4, 1, 8, 8)
 
     def step(optimiser):
@@ -60,7 +60,7 @@ def test_the_optimisers_state_survives(network, plan, kind):
         network(images).square().sum().backward()
         optimiser.step()
 
-    first = make_optimiser(network, recipe)
+    first = make_optimiser(network, plan)
     step(first)
     saved, weights = (
         optimiser_tensors(first),
@@ -70,7 +70,7 @@ def test_the_optimisers_state_survives(network, plan, kind):
     step(first)
     expected = fingerprint(network)
     network.load_state_dict(weights)
-    second = make_optimiser(network, recipe)
+    second = make_optimiser(network, plan)
     load_optimiser(second, saved)
     step(second)
     assert fingerprint(network) == expected

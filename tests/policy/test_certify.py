@@ -5,8 +5,8 @@ import pytest
 from draws import draw
 
 from edgeke.device.policy import parse_policy
-from edgeke.entries import Requirement
 from edgeke.errors import InputError
+from edgeke.params import Requirement
 from edgeke.policy.candidates import Candidate, propose
 from edgeke.policy.certify import Frozen, certify
 from edgeke.policy.promises import running_bounds, upper_bound
