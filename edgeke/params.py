@@ -251,8 +251,9 @@ class Evaluate:
 
 
 def _experiment(value: str) -> str:
-    ok = bool(value.strip()) and all(c.isalnum() or c in " ._-" for c in value)
-    _use(ok, "letters, digits, spaces and . _ - (registered models are named after it)")
+    # MLflow's registry refuses / and : in a model's name, and quotes break its filters.
+    ok = bool(value.strip()) and value.isprintable() and not set("/:'\"`") & set(value)
+    _use(ok, "a name without / : and quotes (registered models are named after it)")
     return value
 
 
