@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from edgeke.data.augment import Normalise
 from edgeke.data.dataset import Split, channels_last
 from edgeke.device.manifest import MANIFEST, Manifest
+from edgeke.device.scores import calibrated_probabilities
 from edgeke.errors import InputError
-from edgeke.files import write_bytes, write_text
+from edgeke.files import write_files
 from edgeke.graph.parity import check_close
 from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.runner import segment_logits
@@ -26,53 +27,60 @@ from edgeke.params import Export
 
 __all__ = ["export"]
 
+Graphs = Sequence[onnx.ModelProto]
+Logits = dict[str, NDArray[np.float32]]  # [N, K] by exit or static network
+
 
 def export(
     network: BranchyNet,
-    teacher: BranchyNet,
+    static: Mapping[str, BranchyNet],
     preprocessing: Preprocessing,
     train: Split,
     settings: Export,
     models: Path,
 ) -> dict[str, float]:
-    """Write `segments/{fp32,int8}/` and `static/{teacher,main}[.int8].onnx` below `models`.
+    """Write `segments/{fp32,int8}/` and `static/<name>[.int8].onnx` below `models`.
 
-    Every exit and both static networks are compared with PyTorch on training images; int8 by its
-    accuracy, on images that it was not quantised on where there are enough, and two standard errors
-    beyond the tolerance are put down to chance. Returns the metrics.
-    Errors: InputError, with nothing written, when one is off by more than the tolerance.
+    `static` holds single-exit networks by name, `main` (the main exit alone) among them; costs are
+    shares of its. Every exit and static network is compared with PyTorch on training images, and
+    int8 by its accuracy, where possible on other images than it was quantised on; two standard
+    errors beyond the tolerance are taken for chance. Returns the metrics. Errors: InputError, with
+    nothing written, when one is off by more than the tolerance.
     """
     channels, _, size = preprocessing.image_shape
     normalisation = (preprocessing.mean, preprocessing.std, size)
+    samples, compared = _split(train, settings)
     segments = export_segments(network, *normalisation)
-    static = {
-        "teacher": export_static(teacher, *normalisation),
-        "main": export_static(network, *normalisation),
-    }
-    samples, shown = _split(train, settings)
-    metrics = _check_fp32(segments, static, network, teacher, preprocessing, shown, settings)
+    graphs = {name: export_static(alone, *normalisation) for name, alone in static.items()}
+    fp32 = _run(segments, graphs, compared)
+    metrics = _check_fp32(fp32, network, static, preprocessing, compared, settings)
     images = channels_last(samples.images)
-    quantised = quantise_segments(segments, images)
-    static |= {f"{name}.int8": quantise(static[name], images) for name in ("teacher", "main")}
-    metrics |= _check_int8(segments, quantised, static, shown, settings)
+    segments_int8 = quantise_segments(segments, images)
+    graphs_int8 = {name: quantise(graph, images) for name, graph in graphs.items()}
+    int8 = _run(segments_int8, graphs_int8, compared)
+    metrics |= _check_int8(fp32, int8, compared, settings)
 
-    costs, plain = exit_costs(network, size), exit_costs(network.branch(-1), size)[0]
-    named = {f"exit_{e}": cost for e, cost in enumerate(costs)}
-    named |= {"main": plain, "teacher": exit_costs(teacher, size)[0]}
-    for name, cost in named.items():
+    exits = exit_costs(network, size)
+    costs = {f"exit_{exit}": cost for exit, cost in enumerate(exits)}
+    costs |= {name: exit_costs(alone, size)[0] for name, alone in static.items()}
+    main_macs = costs["main"].macs
+    for name, cost in costs.items():
         metrics |= {f"cost/{name}/{key}": value for key, value in asdict(cost).items()}
-        metrics[f"cost/{name}/macs_share"] = cost.macs / plain.macs
+        metrics[f"cost/{name}/macs_share"] = cost.macs / main_macs
 
-    names = tuple(f"{e}.onnx" for e in range(len(segments)))
-    macs = tuple(cost.macs for cost in costs)
-    manifest = Manifest(names, macs, plain.macs, preprocessing.classes, (size, size, channels))
-    for precision, graphs in (("fp32", segments), ("int8", quantised)):
+    names = tuple(f"{exit}.onnx" for exit in range(len(exits)))
+    macs = tuple(cost.macs for cost in exits)
+    manifest = Manifest(names, macs, main_macs, preprocessing.classes, (size, size, channels))
+    files = {}
+    for precision, parts in (("fp32", segments), ("int8", segments_int8)):
         folder = models / "segments" / precision
-        for file, graph in zip(names, graphs, strict=True):
-            write_bytes(folder / file, graph.SerializeToString())
-        write_text(folder / MANIFEST, manifest.to_json())
-    for name, graph in static.items():
-        write_bytes(models / "static" / f"{name}.onnx", graph.SerializeToString())
+        for name, graph in zip(names, parts, strict=True):
+            files[folder / name] = graph.SerializeToString()
+        files[folder / MANIFEST] = manifest.to_json().encode()
+    for suffix, networks in (("", graphs), (".int8", graphs_int8)):
+        for name, graph in networks.items():
+            files[models / "static" / f"{name}{suffix}.onnx"] = graph.SerializeToString()
+    write_files(files)
     return metrics
 
 
@@ -88,77 +96,57 @@ def _split(train: Split, settings: Export) -> tuple[Split, Split]:
 
 
 def _check_fp32(
-    segments: Sequence[onnx.ModelProto],
-    static: Mapping[str, onnx.ModelProto],
+    logits: Logits,
     network: BranchyNet,
-    teacher: BranchyNet,
+    static: Mapping[str, BranchyNet],
     preprocessing: Preprocessing,
-    shown: Split,
+    compared: Split,
     settings: Export,
 ) -> dict[str, float]:
-    expected = _logits(network, preprocessing, shown.images)
-    references = {f"exit_{e}": at_exit for e, at_exit in enumerate(expected)}
-    references |= {"teacher": _logits(teacher, preprocessing, shown.images)[-1]}
-    references |= {"main": expected[-1]}
+    """Compare probabilities with PyTorch's."""
+    normalise = Normalise(preprocessing.mean, preprocessing.std, torch.device("cpu"))
+    images = torch.from_numpy(compared.images)
+    expected = dict(enumerate(predict(network, images, normalise).numpy()))
+    references = {f"exit_{exit}": at_exit for exit, at_exit in expected.items()}
+    for name, alone in static.items():
+        references[name] = predict(alone, images, normalise).numpy()[0]
     metrics = {}
-    for name, found in _run(segments, static, shown).items():
+    for name, reference in references.items():
         difference = check_close(
             f"{name} in ONNX",
-            _softmax(found),
-            _softmax(references[name]),
+            calibrated_probabilities(logits[name][None], [1.0]),
+            calibrated_probabilities(reference[None], [1.0]),
             settings.parity_tolerance,
         )
         metrics[f"train/{name}/parity_difference"] = difference
     return metrics
 
 
-def _check_int8(
-    segments: Sequence[onnx.ModelProto],
-    quantised: Sequence[onnx.ModelProto],
-    static: Mapping[str, onnx.ModelProto],
-    shown: Split,
-    settings: Export,
-) -> dict[str, float]:
-    names = ("teacher", "main")
-    exact = _run(segments, {name: static[name] for name in names}, shown)
-    coarse = _run(quantised, {name: static[f"{name}.int8"] for name in names}, shown)
+def _check_int8(fp32: Logits, int8: Logits, compared: Split, settings: Export) -> dict[str, float]:
+    """Compare accuracies."""
     metrics = {}
-    for name in exact:
-        was, is_now = (of[name].argmax(-1) == shown.labels for of in (exact, coarse))
-        before, after = float(was.mean()), float(is_now.mean())
+    for name in fp32:
+        fp32_correct = fp32[name].argmax(-1) == compared.labels
+        int8_correct = int8[name].argmax(-1) == compared.labels
+        before, after = float(fp32_correct.mean()), float(int8_correct.mean())
         metrics[f"train/{name}/int8_accuracy_lost"] = before - after
-        # Of an undertrained network many answers change, both ways: that much is chance.
-        chance = 2 * float((was != is_now).sum()) ** 0.5 / len(was)
+        # Many answers of an undertrained network change, both ways: that much is chance.
+        chance = 2 * float((fp32_correct != int8_correct).sum()) ** 0.5 / len(compared.labels)
         if before - after > settings.int8_tolerance + chance:
             raise InputError(
-                f"{name} in int8 answers {100 * after:.1f} % of {len(shown.labels)} training "
-                f"images right and {100 * before:.1f} % in fp32: more is lost than "
+                f"{name} answers {100 * after:.1f} % of {len(compared.labels)} training images "
+                f"right in int8 and {100 * before:.1f} % in fp32: it loses more than "
                 f"export.int8_tolerance = {settings.int8_tolerance:g} allows. Quantise on more "
                 "images (export.quantisation_images), train longer, or allow more"
             )
     return metrics
 
 
-def _run(
-    segments: Sequence[onnx.ModelProto], static: Mapping[str, onnx.ModelProto], shown: Split
-) -> dict[str, NDArray[np.float32]]:
-    """Logits `[N, K]` by name: every exit, then the static networks."""
-    images = channels_last(shown.images)
-    exits = segment_logits([m.SerializeToString() for m in segments], images, threads=0)
-    found = {f"exit_{e}": at_exit for e, at_exit in enumerate(exits)}
-    for name, model in static.items():
-        found[name] = segment_logits([model.SerializeToString()], images, threads=0)[0]
-    return found
-
-
-def _logits(
-    network: BranchyNet, preprocessing: Preprocessing, images: NDArray[np.uint8]
-) -> NDArray[np.float32]:
-    normalise = Normalise(preprocessing.mean, preprocessing.std, torch.device("cpu"))
-    logits: NDArray[np.float32] = predict(network, torch.from_numpy(images), normalise).numpy()
+def _run(segments: Graphs, static: Mapping[str, onnx.ModelProto], compared: Split) -> Logits:
+    """What ONNX Runtime answers at every exit and with every static network."""
+    images = channels_last(compared.images)
+    exits = segment_logits([graph.SerializeToString() for graph in segments], images, threads=0)
+    logits = {f"exit_{exit}": at_exit for exit, at_exit in enumerate(exits)}
+    for name, graph in static.items():
+        logits[name] = segment_logits([graph.SerializeToString()], images, threads=0)[0]
     return logits
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    probabilities: NDArray[np.float32] = torch.from_numpy(logits).softmax(-1).numpy()
-    return probabilities

@@ -1,4 +1,4 @@
-"""BranchyNet and teacher -> models/segments/ and models/static/, in fp32 and int8."""
+"""Trained networks -> models/segments/ and models/static/, in fp32 and int8."""
 
 import sys
 from pathlib import Path
@@ -14,12 +14,18 @@ from stages._entry import entry
 
 
 def run(params: Params, log: Run) -> dict[str, float]:
-    cpu = torch.device("cpu")
-    network, preprocessing = load_checkpoint(Path("models/branchynet"), cpu)
-    teacher, _ = load_checkpoint(Path("models/teacher"), cpu)
-    dataset = load_dataset(Path("data/dataset.safetensors"), ("train",))
-    train = dataset["train"]
-    return export(network, teacher, preprocessing, train, params.export, Path("models"))
+    cpu, models = torch.device("cpu"), Path("models")
+    network, preprocessing = load_checkpoint(models / "branchynet", cpu)
+    checkpoints = {"teacher": models / "teacher", "plain": models / "plain"}
+    checkpoints |= {
+        f"branch_{exit}": models / "branches" / str(exit) for exit in range(len(network.exits))
+    }
+    static = {"main": network.branch(-1)}
+    for name, path in checkpoints.items():
+        if path.with_suffix(".json").is_file():
+            static[name], _ = load_checkpoint(path, cpu)
+    train = load_dataset(Path("data/dataset.safetensors"), ("train",))["train"]
+    return export(network, static, preprocessing, train, params.export, models)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import copy
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +8,18 @@ import torch
 from onnx import numpy_helper
 from toys import CLASSES, SIZE, randomise, replace
 
+from edgeke import export as module
+from edgeke import files
 from edgeke.data.augment import Normalise
 from edgeke.device.manifest import read_manifest
 from edgeke.errors import InputError
 from edgeke.export import export
+from edgeke.graph import segments
 from edgeke.learning.checkpoints import Preprocessing
 from edgeke.learning.images import predict
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.cost import exit_costs
 from edgeke.params import Export
 
 SETTINGS = Export(
@@ -23,40 +28,44 @@ SETTINGS = Export(
 
 
 @pytest.fixture
-def teacher() -> BranchyNet:
-    return randomise(BranchyNet(Architecture.single("resnet10", 8, 1, 3)), seed=1)
+def static(network) -> dict[str, BranchyNet]:
+    """Networks without early exits: teacher, main exit, plain main network, a branch alone."""
+    teacher = randomise(BranchyNet(Architecture.single("resnet10", 8, 1, 3)), seed=1)
+    plain = randomise(network.branch(-1), seed=2)
+    return {
+        "teacher": teacher, "main": network.branch(-1), "plain": plain,
+        "branch_0": network.branch(0),
+    }  # fmt: skip
 
 
-def test_everything_is_written_and_equal_to_pytorch(network, teacher, dataset, tmp_path: Path):
-    metrics = export(
-        network,
-        teacher,
-        Preprocessing.of(dataset),
-        dataset["train"],
-        SETTINGS,
-        tmp_path,
-    )
+def run(network, static, dataset, folder, settings=SETTINGS, train=None):
+    train = dataset["train"] if train is None else train
+    return export(network, static, Preprocessing.of(dataset), train, settings, folder)
+
+
+def test_everything_is_written_and_equal_to_pytorch(network, static, dataset, tmp_path: Path):
+    metrics = run(network, static, dataset, tmp_path)
     manifest = read_manifest(tmp_path / "segments" / "fp32")
-    assert manifest.classes == CLASSES
-    assert manifest.image_shape == (SIZE, SIZE, 1)
-    assert [metrics[f"cost/exit_{e}/macs"] for e in range(3)] == list(manifest.macs)
-    assert metrics["cost/main/macs"] == manifest.main_macs
-    for name in manifest.segments:
-        for precision in ("fp32", "int8"):
-            assert (tmp_path / "segments" / precision / name).is_file()
     assert read_manifest(tmp_path / "segments" / "int8") == manifest
-    for name in ("teacher", "main", "teacher.int8", "main.int8"):
-        assert (tmp_path / "static" / f"{name}.onnx").is_file()
-    for name in ("exit_0", "exit_1", "exit_2", "teacher", "main"):
+    assert (manifest.classes, manifest.image_shape) == (CLASSES, (SIZE, SIZE, 1))
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.onnx")}
+    assert written == {
+        *(f"segments/{precision}/{e}.onnx" for precision in ("fp32", "int8") for e in range(3)),
+        *(f"static/{name}{suffix}.onnx" for name in static for suffix in ("", ".int8")),
+    }
+    exits = [metrics[f"cost/exit_{e}/macs"] for e in range(3)]
+    assert exits == list(manifest.macs)
+    assert metrics["cost/main/macs"] == manifest.main_macs == metrics["cost/plain/macs"]
+    assert metrics["cost/branch_0/macs"] == exit_costs(static["branch_0"], SIZE)[0].macs
+    assert metrics["cost/branch_0/macs_share"] == exits[0] / manifest.main_macs
+    for name in ("exit_0", "exit_1", "exit_2", *static):
         assert 0 <= metrics[f"train/{name}/parity_difference"] < 1e-4
         assert metrics[f"train/{name}/int8_accuracy_lost"] <= 0.2
 
 
 def test_a_graph_that_is_off_fails_and_writes_nothing(
-    network, teacher, dataset, tmp_path: Path, monkeypatch
+    network, static, dataset, tmp_path: Path, monkeypatch
 ):
-    from edgeke.graph import segments
-
     original = segments._Segment.forward
 
     def wrong(self, features: torch.Tensor):
@@ -64,28 +73,31 @@ def test_a_graph_that_is_off_fails_and_writes_nothing(
 
     monkeypatch.setattr(segments._Segment, "forward", wrong)
     with pytest.raises(InputError, match=r"exit_0 in ONNX is off by .*export\.parity_tolerance"):
-        export(
-            network,
-            teacher,
-            Preprocessing.of(dataset),
-            dataset["train"],
-            SETTINGS,
-            tmp_path,
-        )
+        run(network, static, dataset, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_incomplete_manifest_is_refused(tmp_path: Path):
-    (tmp_path / "segments.json").write_text('{"segments": []}')
-    with pytest.raises(InputError, match="cannot be read"):
-        read_manifest(tmp_path)
+def test_a_full_disk_leaves_the_older_export(network, static, dataset, tmp_path, monkeypatch):
+    """No file is replaced before all are written."""
+    old = tmp_path / "segments" / "fp32" / "0.onnx"
+    files.write_bytes(old, b"old")
+    synced = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(InputError, match=r"no space left while writing .*static.*not changed"):
+        run(network, static, dataset, tmp_path)
+    assert old.read_bytes() == b"old"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [old]
 
 
 def test_int8_that_loses_more_than_chance_fails(
-    network, teacher, dataset, tmp_path: Path, monkeypatch
+    network, static, dataset, tmp_path: Path, monkeypatch
 ):
-    from edgeke import export as module
-
     def broken(model, inputs):
         """A quantiser whose networks all answer class 0."""
         changed = copy.deepcopy(model)
@@ -101,6 +113,6 @@ def test_int8_that_loses_more_than_chance_fails(
     labels = predict(network, images, normalise)[-1].argmax(-1)
     known = replace(dataset["train"], labels=np.asarray(labels))
     settings = replace(SETTINGS, int8_tolerance=0.01)
-    with pytest.raises(InputError, match=r"int8 answers .* export\.int8_tolerance = 0\.01 allows"):
-        export(network, teacher, Preprocessing.of(dataset), known, settings, tmp_path)
+    with pytest.raises(InputError, match=r"main answers .* export\.int8_tolerance = 0\.01 allows"):
+        run(network, {"main": static["main"]}, dataset, tmp_path, settings, known)
     assert not list(tmp_path.iterdir())
