@@ -97,13 +97,17 @@ def evaluate(
         results, left = _cascade(prefix, policy, answers, measured.traces, test.labels)
         for name, macs in static_macs.items():
             correct = answers[prefix + name].argmax(-1) == test.labels
-            label = prefix + name if name in _LABELLED else ""  # more would cover each other
+            label = prefix + name if name in _LABELLED else ""
             results.append(_Result(prefix + name, label, "static network", correct, macs))
+        places: set[tuple[str, float, float]] = set()
         for result in results:
             values = result.metrics(static_macs["main"], full)
             if result.kind != "frontier":
                 metrics |= {f"test/{result.name}/{key}": value for key, value in values.items()}
-            row: Row = {"precision": precision, "name": result.name, "label": result.label}
+            place = (result.kind, result.macs, values["accuracy"])
+            label = "" if place in places else result.label  # a second one would cover the first
+            places |= {place} if label else set()
+            row: Row = {"precision": precision, "name": result.name, "label": label}
             latency = measured.metrics.get(f"{result.name}/latency_ms_mean")
             frontier.append({**row, "kind": result.kind, **values, "latency_ms": latency})
         metrics |= kept(policy, metrics, prefix)
@@ -194,10 +198,8 @@ def _cascade(
     for label, kind, point in [*named, *others]:
         outcome = run_cascade(probabilities, scores, point.thresholds, point.votes)
         name, correct = prefix + label, outcome.probabilities.argmax(-1) == labels
-        # The label of a requirement that the default point answers would cover that point's own.
-        hidden = kind == "frontier" or (label != "default" and point.name == policy.default)
         cost = float(macs[outcome.exit].mean())
-        results.append(_Result(name, "" if hidden else name, kind, correct, cost))
+        results.append(_Result(name, name if kind != "frontier" else "", kind, correct, cost))
         if kind == "operating point":
             left, limits = np.asarray(traces[name].exits), np.asarray(point.thresholds, np.float32)
             count = len(left)
