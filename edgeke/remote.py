@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgeke.errors import InputError
+from edgeke.errors import InputError, report
 
 __all__ = ["check_device", "main", "run_folder", "ssh_command"]
 
@@ -155,8 +155,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         print(f"{options.device}: {check_device(options.device, options.python)}")
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return report(error)
     return 0
 
 

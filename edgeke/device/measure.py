@@ -24,7 +24,7 @@ from edgeke.device.classifier import Classifier
 from edgeke.device.profile import Conditions
 from edgeke.device.session import open_session
 from edgeke.device.timing import summary, time_interleaved
-from edgeke.errors import InputError
+from edgeke.errors import InputError, report
 
 __all__ = ["Job", "Measurements", "Setting", "Trace", "main", "measure", "peak_memory"]
 
@@ -255,8 +255,7 @@ def main(arguments: Sequence[str]) -> int:
         job = Job.from_json(Path(arguments[0]).read_text())
         measurements, answers = measure(job)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return report(error)
     np.savez(Path(job.out) / "answers.npz", **answers)  # type: ignore[arg-type]
     (Path(job.out) / "measurements.json").write_text(measurements.to_json())
     return 0
