@@ -1,20 +1,20 @@
-"""Normalisation and augmentation of whole batches that already lie on the device.
+"""Normalisation and augmentation of whole batches on the device.
 
-All random numbers come from a generator on the CPU, so that every device draws the same and the
-device is never waited for.
+Random numbers come from one generator on the CPU: every device draws the same, and a resumed
+training goes on with the numbers of an uninterrupted one.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeke.data.trivial_augment import trivial_augment
 from edgeke.params import Augmentation
 
-__all__ = ["Augment", "Normalise", "crop_and_flip", "cutout", "mix"]
+__all__ = ["Augment", "Normalise", "crop_and_flip", "cutout"]
 
 
 class Normalise:
@@ -29,25 +29,35 @@ class Normalise:
 
 
 class Augment:
-    """What a profile does to training images: crop, flip, TrivialAugment, cutout, then mixing."""
+    """A profile's augmentation: crop, flip, TrivialAugment and cutout per image, then mixing.
+
+    TrivialAugment (wide; Mueller and Hutter 2021), mixup (Zhang et al. 2018) and CutMix (Yun et
+    al. 2019) are torchvision's, which is imported only where one of them is on (5 s). Mixing draws
+    one share per batch; with both on, each batch draws one of them.
+    """
 
     def __init__(self, settings: Augmentation, classes: int, fill: Tensor) -> None:
-        self.settings, self.classes = settings, classes
-        self.fill = fill  # the mean colour, [1, C, 1, 1] in 0..255
+        """`fill` `[1, C, 1, 1]` in 0..255 is the colour of pixels from outside the image."""
+        self.settings, self.fill = settings, fill
+        self.vary, self.mix = _torchvision(settings, classes, fill)
 
     def __call__(
         self, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Images uint8 `[N, C, H, W]` and labels `[N]`; targets `[N, K]` where mixed."""
+        """Images uint8 `[N, C, H, W]` and labels `[N]` to images and targets.
+
+        With mixing, images are float32 in 0..255 and targets `[N, K]`; else the targets are labels.
+        """
         settings = self.settings
         images = crop_and_flip(images, settings.crop_padding, settings.flip, generator)
-        if settings.trivial_augment:
-            images = trivial_augment(images, self.fill, generator)
+        if self.vary:
+            with _seeded(generator):
+                images = torch.stack([self.vary(image) for image in images])
         if settings.cutout:
             images = cutout(images, settings.cutout, self.fill, generator)
-        if settings.mixup or settings.cutmix:
-            targets = F.one_hot(labels, self.classes).float()
-            return mix(images, targets, settings.mixup, settings.cutmix, generator)
+        if self.mix:
+            with _seeded(generator):
+                images, labels = self.mix(images.float(), labels)
         return images, labels
 
 
@@ -73,51 +83,40 @@ def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Gen
 
 
 def cutout(images: Tensor, side: int, fill: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill a square of `side` pixels around a random centre (DeVries and Taylor 2017).
+    """Fill a square of `side` pixels around a random pixel per image (DeVries and Taylor 2017).
 
-    Squares reach over the edge, so that no part of the image is always seen.
+    `fill` `[1, C, 1, 1]`. Squares reach over the edge, so corners are covered as often as centres;
+    torchvision's RandomErasing keeps them inside.
     """
-    inside = _boxes(
-        images, torch.full((len(images),), side), torch.full((len(images),), side), generator
-    )
-    return torch.where(inside, fill.to(images.dtype), images)
-
-
-def mix(
-    images: Tensor, targets: Tensor, mixup: float, cutmix: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Mix every image with a random partner; targets `[N, K]` are mixed by the same share.
-
-    `mixup` (Zhang et al. 2018) blends, `cutmix` (Yun et al. 2019) pastes a box; both are the
-    parameter of a Beta distribution, 0 is off, and with both on each image draws one of them.
-    """
-    count, _, height, width = images.shape
-    partner = torch.randperm(count, generator=generator)
-    pasted = torch.rand(count, generator=generator) < 0.5 if mixup and cutmix else None
-    pasted = torch.full((count,), bool(cutmix)) if pasted is None else pasted
-    seed = int(torch.randint(2**62, (), generator=generator))
-    random = np.random.default_rng(seed)  # torch draws no Beta from a generator
-    blended = torch.from_numpy(random.beta(mixup or 1.0, mixup or 1.0, count)).float()
-    kept = torch.from_numpy(random.beta(cutmix or 1.0, cutmix or 1.0, count)).float()
-    side = (1 - kept).sqrt()
-    boxes = _boxes(images, (side * height).round(), (side * width).round(), generator)
-    # A box over the edge pastes less than was drawn: the share is what was really kept.
-    kept = 1 - boxes.float().mean(dim=(1, 2, 3))
-    device = images.device
-    pasted, blended, partner = pasted.to(device), blended.to(device), partner.to(device)
-    share = torch.where(pasted[:, None, None, None], (~boxes).float(), blended[:, None, None, None])
-    mixed = images * share + images[partner] * (1 - share)
-    weight = torch.where(pasted, kept, blended)[:, None]
-    return mixed, targets * weight + targets[partner] * (1 - weight)
-
-
-def _boxes(images: Tensor, heights: Tensor, widths: Tensor, generator: torch.Generator) -> Tensor:
-    """Which pixels lie in a box of each image's own size around a random centre: `[N, 1, H, W]`."""
-    count, _, height, width = images.shape
-    centres = torch.rand(2, count, generator=generator)
+    count, _, *sides = images.shape
     inside = []
-    for length, centre, extent in ((height, centres[0], heights), (width, centres[1], widths)):
-        first = (centre * length - extent / 2).round()[:, None]
-        place = torch.arange(length)[None]
-        inside.append((place >= first) & (place < first + extent[:, None]))
-    return (inside[0][:, None, :, None] & inside[1][:, None, None, :]).to(images.device)
+    for length in sides:
+        centre = torch.randint(length, (count, 1), generator=generator)
+        offset = torch.arange(length) - centre + side // 2
+        inside.append((offset >= 0) & (offset < side))
+    square = (inside[0][:, None, :, None] & inside[1][:, None, None, :]).to(images.device)
+    return torch.where(square, fill.to(images.dtype), images)
+
+
+@contextlib.contextmanager
+def _seeded(generator: torch.Generator) -> Iterator[None]:
+    """Seed torch's global generator, from which torchvision draws, and put it back afterwards."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _torchvision(settings: Augmentation, classes: int, fill: Tensor) -> tuple[Any, Any]:
+    """TrivialAugment for one image and the mixing of a batch; None for what is off."""
+    if not (settings.trivial_augment or settings.mixup or settings.cutmix):
+        return None, None
+    from torchvision.transforms import v2
+
+    mixers: list[Any] = []
+    if settings.mixup:
+        mixers.append(v2.MixUp(alpha=settings.mixup, num_classes=classes))
+    if settings.cutmix:
+        mixers.append(v2.CutMix(alpha=settings.cutmix, num_classes=classes))
+    vary = v2.TrivialAugmentWide(fill=fill.flatten().tolist()) if settings.trivial_augment else None
+    return vary, v2.RandomChoice(mixers) if mixers else None
