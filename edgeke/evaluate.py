@@ -193,8 +193,8 @@ def _cascade(
     macs = np.asarray([*policy.macs, policy.macs[-1]], np.float64)  # voted images pay for the last
     results, leavers = [], []
     named = [(label, "operating point", point) for label, point in policy.named.items()]
-    known = {point.name for _, _, point in named}
-    others = [(p.name, "frontier", p) for p in policy.points if p.name not in known]
+    names = {point.name for _, _, point in named}
+    others = [(p.name, "frontier", p) for p in policy.points if p.name not in names]
     for label, kind, point in [*named, *others]:
         outcome = run_cascade(probabilities, scores, point.thresholds, point.votes)
         name, correct = prefix + label, outcome.probabilities.argmax(-1) == labels

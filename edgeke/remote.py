@@ -96,11 +96,13 @@ def _expandable(python: str) -> str:
 
 
 def _on_device(
-    device: str, script: str, given: bytes = b"", seconds: float = _RUN_SECONDS
+    device: str, script: str, content: bytes = b"", seconds: float = _RUN_SECONDS
 ) -> bytes:
     """What a script prints after the mark; a login may print greetings before it."""
     command = [*ssh_command(device), f"sh -c {shlex.quote(script)}"]
-    _, mark, output = _run(command, device, given, seconds=seconds).partition(f"{_MARK}\n".encode())
+    _, mark, output = _run(command, device, content, seconds=seconds).partition(
+        f"{_MARK}\n".encode()
+    )
     if not mark:
         raise InputError(f"{device} failed: its login shell does not run commands given to ssh")
     return output
@@ -109,13 +111,13 @@ def _on_device(
 def _run(
     command: list[str],
     what: str,
-    given: bytes = b"",
+    content: bytes = b"",
     cwd: Path | None = None,
     seconds: float = _RUN_SECONDS,
 ) -> bytes:
     try:
         done = subprocess.run(
-            command, input=given, capture_output=True, cwd=cwd, check=False, timeout=seconds
+            command, input=content, capture_output=True, cwd=cwd, check=False, timeout=seconds
         )
     except FileNotFoundError as error:
         raise InputError(f"{what} failed: {error.filename} is not installed") from error

@@ -160,7 +160,7 @@ def test_the_headline_is_the_default_point_and_the_requirements(evaluation):
     }  # fmt: skip
 
 
-def test_a_device_behind_ssh_measures_the_same_accuracy(built, evaluation, dataset, server):
+def test_a_device_through_ssh_measures_the_same_accuracy(built, evaluation, dataset, server):
     there = replace(SETTINGS, device=server, python=sys.executable, threads=(1,))
     remote = evaluate(built[0], STATIC_MACS, dataset["test"], there)
     assert remote.device["device"] == server

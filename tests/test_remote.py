@@ -13,7 +13,7 @@ from edgeke.remote import _unpack, main, run_folder, ssh_command
 
 MODULE = """
 import json, pathlib, sys
-text = pathlib.Path("given").read_text()
+text = pathlib.Path("image").read_text()
 print("a word on standard output")
 pathlib.Path("out/answer.json").write_text(json.dumps([sys.argv[1], text]))
 """
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "work"
     made.mkdir()
     (made / "job.py").write_text(MODULE)
-    (made / "given").write_text("an image")
+    (made / "image").write_text("an image")
     return made
 
 

@@ -29,7 +29,7 @@ def compose_cascade(
 
     Inputs: `image` uint8 `[1, H, W, C]`, `thresholds` and `votes` float32 `[E]`. Outputs:
     `probabilities` float32 `[1, K]` and `exit` int64 `[1]` (E = voted). `image_shape` is
-    `(H, W, C)`. Segment e + 1 and all its weights live in the else-branch behind exit e.
+    `(H, W, C)`. Segment e + 1 and all its weights are in the else-branch after exit e.
     """
     exits = len(segments)
     prefixed = [compose.add_prefix(model, f"s{e}_") for e, model in enumerate(segments)]
@@ -75,7 +75,7 @@ def compose_cascade(
 def _level(
     exit: int, segments: Sequence[onnx.ModelProto], score: Score, temperatures: Sequence[float]
 ) -> onnx.GraphProto:
-    """Segment `exit` and the decision behind it, as a graph with two outputs."""
+    """Segment `exit` and the decision after it, as a graph with two outputs."""
     segment, last = segments[exit].graph, exit == len(segments) - 1
     name = f"e{exit}_"
     score_nodes, score_weights = build_score(score, exit)

@@ -9,10 +9,10 @@ __all__ = ["check_close", "check_exits"]
 
 
 def check_close(
-    what: str, found: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float
+    what: str, values: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float
 ) -> float:
     """The largest absolute difference. Errors: InputError when it exceeds `tolerance`."""
-    difference = float(np.abs(found - expected).max(initial=0))
+    difference = float(np.abs(values - expected).max(initial=0))
     if not difference <= tolerance:  # also catches NaN
         raise InputError(
             f"{what} is off by {difference:.2e}, more than {tolerance:.2e}: the exported model "
@@ -23,7 +23,7 @@ def check_close(
 
 
 def check_exits(
-    found: NDArray[np.int64],
+    exits: NDArray[np.int64],
     expected: NDArray[np.int64],
     scores: NDArray[np.float32],
     thresholds: NDArray[np.float32],
@@ -35,11 +35,11 @@ def check_exits(
     `tolerance` from its threshold left elsewhere.
     """
     tied = (np.abs(scores - thresholds[:, None]) <= tolerance).any(axis=0)
-    moved = found != expected
+    moved = exits != expected
     if (moved & ~tied).any():
         sample = int(np.flatnonzero(moved & ~tied)[0])
         raise InputError(
-            f"the composed file leaves at exit {found[sample]} where the cascade leaves at "
+            f"the composed file leaves at exit {exits[sample]} where the cascade leaves at "
             f"{expected[sample]} (sample {sample}): the file does not compute its policy. Check "
             "the versions against requirements.txt"
         )

@@ -70,15 +70,15 @@ def quantise_segments(
 ) -> list[onnx.ModelProto]:
     """Each segment, quantised on what those before it (fp32) make of `images` `[N, H, W, C]`."""
     features: _Inputs = images
-    found = []
+    quantised = []
     for segment in segments:
-        found.append(quantise(segment, features))
+        quantised.append(quantise(segment, features))
         session = open_session(segment.SerializeToString(), 0)
         name = session.get_inputs()[0].name
         parts = [session.run(None, {name: part}) for part in _batches(features)]
         if len(parts[0]) > 1:
             features = np.concatenate([features for _, features in parts])
-    return found
+    return quantised
 
 
 def _linear(model: onnx.ModelProto) -> list[str]:

@@ -36,21 +36,21 @@ def build_score(score: Score, exit: int) -> tuple[list[onnx.NodeProto], list[onn
         return _PLAIN[score.name](f"{name}probabilities", f"{name}score"), []
     if score.name != "learned":
         raise ValueError(f"score {score.name!r} has no graph")
-    nodes, seen = [], []
+    nodes, inputs = [], []
     for kind, build in _PLAIN.items():
         nodes += build(f"{name}probabilities", f"{name}{kind}")
     for earlier in range(exit + 1):
-        seen += [f"e{earlier}_{kind}" for kind in _PLAIN]
+        inputs += [f"e{earlier}_{kind}" for kind in _PLAIN]
     for earlier in range(exit):
         out = f"{name}agreement_{earlier}"
         nodes += [
             _node("Mul", [f"e{earlier}_probabilities", f"{name}probabilities"], f"{out}_all"),
             _node("ReduceSum", [f"{out}_all", "axis_1"], out, keepdims=0),
         ]
-        seen.append(out)
+        inputs.append(out)
     nodes += [
-        _node("Concat", seen, f"{name}seen", axis=0),
-        _node("Mul", [f"{name}seen", f"{name}weights"], f"{name}weighted"),
+        _node("Concat", inputs, f"{name}statistics", axis=0),
+        _node("Mul", [f"{name}statistics", f"{name}weights"], f"{name}weighted"),
         _node("ReduceSum", [f"{name}weighted", "axis_0"], f"{name}sum", keepdims=1),
         _node("Add", [f"{name}sum", f"{name}bias"], f"{name}logit"),
         _node("Sigmoid", [f"{name}logit"], f"{name}score"),

@@ -30,7 +30,7 @@ class _Preprocess(nn.Module):
 
 
 class _Segment(nn.Module):
-    """The trunk between two attach points, and the exit behind it."""
+    """The trunk between two attach points, and the exit after it."""
 
     def __init__(self, blocks: nn.Module, exit: nn.Module, last: bool) -> None:
         super().__init__()

@@ -66,8 +66,8 @@ def test_segments_equal_pytorch_for_any_batch(network, dataset, images, segments
     models = [segment.SerializeToString() for segment in segments]
     expected = torch_logits(network, dataset, images)
     for count in (1, 7, len(images)):
-        found = segment_logits(models, channels_last(images[:count]), 1)
-        assert np.allclose(found, expected[:, :count], atol=1e-4)
+        logits = segment_logits(models, channels_last(images[:count]), 1)
+        assert np.allclose(logits, expected[:, :count], atol=1e-4)
 
 
 @pytest.mark.parametrize(("layout", "shared"), [("stages", True), ("edgeke", False)])
@@ -76,8 +76,8 @@ def test_other_networks_are_exported_alike(dataset, images, layout, shared):
     built = Architecture.with_layout(layout, "resnet10", 4, 1, len(CLASSES), shared)
     network = randomise(BranchyNet(built))
     models = export_segments(network, dataset.mean, dataset.std, SIZE)
-    found = segment_logits([m.SerializeToString() for m in models], channels_last(images), 1)
-    assert np.allclose(found, torch_logits(network, dataset, images), atol=1e-4)
+    logits = segment_logits([m.SerializeToString() for m in models], channels_last(images), 1)
+    assert np.allclose(logits, torch_logits(network, dataset, images), atol=1e-4)
     whole = compose_cascade(
         models,
         score=MAX_PROBABILITY,
@@ -89,14 +89,14 @@ def test_other_networks_are_exported_alike(dataset, images, layout, shared):
     pixels, last = channels_last(images), len(models) - 1
     answer, exit = run_file(whole, pixels, force_exit(last, len(models)), [1.0] * len(models))
     assert (exit == last).all()
-    expected = calibrated_probabilities(found, [1.0] * len(models))[last]
+    expected = calibrated_probabilities(logits, [1.0] * len(models))[last]
     assert np.allclose(answer, expected, atol=1e-5)
 
 
 def test_static_network_is_the_last_exit_alone(network, dataset, images):
     model = export_static(network, dataset.mean, dataset.std, SIZE).SerializeToString()
-    found = segment_logits([model], channels_last(images), 1)
-    assert np.allclose(found[0], torch_logits(network, dataset, images)[-1], atol=1e-4)
+    logits = segment_logits([model], channels_last(images), 1)
+    assert np.allclose(logits[0], torch_logits(network, dataset, images)[-1], atol=1e-4)
 
 
 def test_files_load_from_the_oldest_runtime_on(segments):
@@ -115,14 +115,14 @@ def test_the_composed_file_equals_the_vectorised_cascade(segments, dataset, name
     scores = score.of(probabilities)
     model, votes = composed(segments, score), (0.3, 0.3, 0.4)
     middle = tuple(float(np.median(s)) + 1e-4 for s in scores)
-    seen = set()
+    reached = set()
     for thresholds in [middle, (0.99, 0.5, 0.2), *(force_exit(e, 3) for e in range(4))]:
         answer, exit = run_file(model, pixels, thresholds, votes)
         expected = run_cascade(probabilities, scores, thresholds, votes)
         assert (exit == expected.exit).all()
         assert np.allclose(answer, expected.probabilities, atol=1e-5)
-        seen |= set(exit.tolist())
-    assert seen == {0, 1, 2, 3}
+        reached |= set(exit.tolist())
+    assert reached == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("name", [*SCORES, "learned"])
@@ -152,14 +152,14 @@ def test_score_nodes_equal_numpy(name, classes):
     opset = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
     session = open_session(model.SerializeToString())
-    found = [
+    outputs = [
         session.run(None, {f"e{e}_probabilities": probabilities[e, None, n] for e in range(3)})
         for n in range(300)
     ]
-    assert np.allclose(np.array(found)[:, :, 0].T, score.of(probabilities), atol=1e-5)
+    assert np.allclose(np.array(outputs)[:, :, 0].T, score.of(probabilities), atol=1e-5)
 
 
-def test_later_weights_live_behind_the_branch_that_needs_them(segments):
+def test_later_weights_are_in_the_branch_that_needs_them(segments):
     model = composed(segments)
     outer = {tensor.name for tensor in model.graph.initializer}
     assert not any(name.startswith(("s1_", "s2_")) for name in outer)
