@@ -158,7 +158,7 @@ def prepare(images: int, epochs: int) -> Bench:
     teacher = train_teacher(
         dataset,
         loaded.profile.teacher,
-        replace(plan, recipe=recipes.train_teacher),
+        replace(plan, recipe=loaded.plan(recipes.train_teacher).recipe),
         on_epoch=lambda *_: None,
     )
     teacher.forget_checkpoints()

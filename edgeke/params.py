@@ -300,37 +300,41 @@ class Network:
     width: Annotated[Whole, Field(ge=1, le=1024)]
 
 
-@dataclass(frozen=True, config=_CONFIG)
-class Recipe:
-    """How long and how fast one network is trained; `warmup`: share of steps with a rising rate."""
+Epochs = Annotated[Whole, Field(ge=1, le=100_000)]
+BatchSize = Annotated[Whole, Field(ge=2, le=65536)]
+Rate = Annotated[Number, Field(gt=0, le=1000)]
+Warmup = Annotated[Number, Field(ge=0, lt=1)]
 
-    epochs: Count
-    batch_size: Annotated[Whole, Field(ge=2, le=65536)]
-    learning_rate: Annotated[Number, Field(gt=0, le=1000)]
-    warmup: Annotated[Number, Field(ge=0, lt=1)]
+
+@dataclass(frozen=True, config=_CONFIG)
+class StageRecipe:
+    """How long and how fast one network is trained."""
+
+    epochs: Epochs
+    learning_rate: Rate
 
 
 @dataclass(frozen=True, config=_CONFIG)
 class PhasedRecipe:
-    """The recipe of an order's phases: `epochs` is one number for all, or one for each."""
+    """The same for an order's phases: `epochs` is one number for all, or one for each."""
 
-    epochs: Count | tuple[Count, ...]
-    batch_size: Annotated[Whole, Field(ge=2, le=65536)]
-    learning_rate: Annotated[Number, Field(gt=0, le=1000)]
-    warmup: Annotated[Number, Field(ge=0, lt=1)]
+    epochs: Epochs | tuple[Epochs, ...]
+    learning_rate: Rate
 
-    def phases(self, count: int) -> tuple[Recipe, ...]:
+    def phases(self, count: int) -> tuple[StageRecipe, ...]:
         """The recipes of an order's `count` phases."""
         epochs = [self.epochs] * count if isinstance(self.epochs, int) else self.epochs
-        return tuple(Recipe(e, self.batch_size, self.learning_rate, self.warmup) for e in epochs)
+        return tuple(StageRecipe(number, self.learning_rate) for number in epochs)
 
 
 @dataclass(frozen=True, config=_CONFIG)
 class Recipes:
-    """One recipe per training stage."""
+    """How a profile trains; `warmup` is the share of the steps in which the rate rises."""
 
-    train_teacher: Recipe
-    distill: Recipe
+    batch_size: BatchSize
+    warmup: Warmup
+    train_teacher: StageRecipe
+    distill: StageRecipe
     train_branchynet: PhasedRecipe
 
 
@@ -347,6 +351,16 @@ class Profile:
     def __post_init__(self) -> None:
         fits = self.augmentation.crop_padding < self.data.image_size
         _use(fits, "an augmentation.crop_padding below data.image_size")
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Recipe:
+    """A stage's recipe with what all stages of a profile share."""
+
+    epochs: Epochs
+    batch_size: BatchSize
+    learning_rate: Rate
+    warmup: Warmup
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -399,8 +413,10 @@ class Params(_Shared):
     profile: Profile
     augmentation: Augmentation
 
-    def plan(self, recipe: Recipe) -> Plan:
-        """What the fit loop is told when it follows `recipe`."""
+    def plan(self, stage: StageRecipe) -> Plan:
+        """What the fit loop is told when it follows a stage's recipe."""
+        shared = self.profile.recipes
+        recipe = Recipe(stage.epochs, shared.batch_size, stage.learning_rate, shared.warmup)
         return Plan(self.seed, self.training, self.augmentation, self.optimisation, recipe)
 
 

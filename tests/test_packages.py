@@ -92,7 +92,8 @@ def test_dvc_lists_the_parameters_that_a_stage_reads(stage):
     listed = [name.replace("profiles.${profile}", "profile") for name in listed]
     if "plan" in read:
         assert {"seed", "training", "optimisation", "augmentation"} <= set(listed)
-        assert "profile.augmentation" in listed
+        named = {"augmentation", "recipes.batch_size", "recipes.warmup"}
+        assert {f"profile.{name}" for name in named} <= set(listed)
     for name in read - {"plan", "profile_name", "data.path"}:
         assert any(f"{name}.".startswith(f"{section}.") for section in listed), name
 

@@ -87,7 +87,7 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
         ("profiles.tiny.data.test", 1.2, ["profiles.tiny.data.test = 1.2", "share"]),
         ("profiles.tiny.augmentation.crop_padding", 16, ["crop_padding", "image_size"]),
         ("profiles.tiny.recipes.distill.learning_rate", 1e300, ["learning_rate = 1e+300"]),
-        ("profiles.tiny.recipes.train_branchynet.batch_size", 10**9, ["batch_size", "65536"]),
+        ("profiles.tiny.recipes.batch_size", 10**9, ["batch_size", "65536"]),
         ("profiles.digits.recipes.train_branchynet.epochs", [3], ["epochs = [3]", "2 phases"]),
     ],
 )

@@ -30,7 +30,8 @@ def workplace(dataset_file: Path) -> Path:
     content = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"profile": "tiny"}
     tiny = content["profiles"]["tiny"]
     tiny["teacher"] = {"network": "resnet10", "width": 4}
-    tiny["recipes"]["train_teacher"] |= {"epochs": 1, "batch_size": 16}
+    tiny["recipes"]["batch_size"] = 16
+    tiny["recipes"]["train_teacher"]["epochs"] = 1
     root = dataset_file.parents[1]
     (root / "params.yaml").write_text(yaml.safe_dump(content))
     assert params.load(root / "params.yaml").profile.teacher.width == 4

@@ -89,7 +89,8 @@ def workplace(dataset_file: Path) -> Path:
     content["training"]["checkpoint_every"] = 1
     tiny = content["profiles"]["tiny"]
     tiny["teacher"] = {"network": "resnet10", "width": 4}
-    tiny["recipes"]["train_teacher"] |= {"epochs": 30, "batch_size": 16}
+    tiny["recipes"]["batch_size"] = 16
+    tiny["recipes"]["train_teacher"]["epochs"] = 30
     (root / "params.yaml").write_text(yaml.safe_dump(content))
     return root
 

@@ -119,8 +119,10 @@ def workplace(dataset_file: Path) -> Path:
     content["training"]["checkpoint_every"] = 1
     tiny = content["profiles"]["tiny"]
     tiny["teacher"] = {"network": "resnet18", "width": 8}
-    tiny["recipes"]["train_teacher"] |= {"epochs": 40, "batch_size": 16, "ema": 0.9}
-    tiny["augmentation"] |= {"mixup": 0.2, "cutout": 3}
+    tiny["recipes"]["batch_size"] = 16
+    tiny["recipes"]["train_teacher"]["epochs"] = 40
+    content["optimisation"]["ema"] = 0.9
+    content["augmentation"] |= {"mixup": 0.2, "cutout": 3}
     (root / "params.yaml").write_text(yaml.safe_dump(content))
     return root
 
