@@ -6,8 +6,9 @@ Only a requirement's fields have defaults: every other value is in params.yaml, 
 import dataclasses
 import difflib
 import json
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,9 +28,11 @@ _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 Switch = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True)]
+Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]  # both ends included
 Part = Annotated[Number, Field(gt=0, lt=1)]  # neither
 Count = Annotated[Whole, Field(ge=1, le=1_000_000)]
+Pixels = Annotated[Whole, Field(ge=0, le=1024)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -39,9 +42,17 @@ def _use(ok: bool, remedy: str) -> None:
         raise ValueError(f"use {remedy}")
 
 
-def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    _use(len({str(value) for value in values}) == len(values), "each entry once")
-    return values
+def _check(accepts: Callable[[Any], bool], remedy: str) -> AfterValidator:
+    """A field's own check, where pydantic has none."""
+
+    def check(value: Any) -> Any:
+        _use(accepts(value), remedy)
+        return value
+
+    return AfterValidator(check)
+
+
+_ONCE = _check(lambda values: len({str(v) for v in values}) == len(values), "each entry once")
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -102,7 +113,7 @@ class Optimisation:
     milestones: tuple[Annotated[Number, Field(gt=0, le=1_000_000)], ...]
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)]
     ema: Annotated[Number, Field(ge=0, lt=1)]
-    clip: Annotated[Number, Field(gt=0)] | None
+    clip: Positive | None
     patience: Count | None
 
 
@@ -110,7 +121,7 @@ class Optimisation:
 class CropAndFlip:
     """The part of the augmentation that a profile chooses for its images."""
 
-    crop_padding: Annotated[Whole, Field(ge=0, le=1024)]
+    crop_padding: Pixels
     flip: Switch
 
 
@@ -118,7 +129,7 @@ class CropAndFlip:
 class Mixing:
     """The part of the augmentation that all profiles share; 0 and false are off."""
 
-    cutout: Annotated[Whole, Field(ge=0, le=1024)]
+    cutout: Pixels
     mixup: Annotated[Number, Field(ge=0, le=100)]
     cutmix: Annotated[Number, Field(ge=0, le=100)]
     trivial_augment: Switch
@@ -158,7 +169,7 @@ class Requirement:
     fails over the draw of the calibration split (left out: `calibrate.delta`).
     """
 
-    max_cost: Annotated[Number, Field(gt=0)] | None = None
+    max_cost: Positive | None = None
     min_accuracy: Part | None = None
     max_degradation: Part | None = None
     delta: Part | None = None
@@ -211,7 +222,7 @@ class Calibrate:
     proportions: Share | Proportions
     cost_step: Annotated[Number, Field(ge=0.01, le=1)]
     delta: Part
-    requirements: Annotated[tuple[Requirement, ...], AfterValidator(_once)]
+    requirements: Annotated[tuple[Requirement, ...], _ONCE]
 
     def shares(self, exits: int) -> tuple[float, ...]:
         """The share of the images reaching each exit that leaves there, `[E]`.
@@ -229,32 +240,20 @@ class Calibrate:
         return tuple(shares)
 
 
-def _device(value: str) -> str:
-    if value != "local":
-        ssh_command(value)  # refuses what is no address
-    return value
-
-
 @dataclass(frozen=True, config=_CONFIG)
 class Evaluate:
     """How and where the device is measured; the first of `threads` is the device itself."""
 
-    device: Annotated[str, AfterValidator(_device)]
+    # ssh_command refuses what is no address.
+    device: Annotated[str, _check(lambda name: name == "local" or ssh_command(name), "local")]
     python: Text
     latency_images: Count
-    deadline_ms: Annotated[Number, Field(gt=0)] | None
+    deadline_ms: Positive | None
     threads: Annotated[
         tuple[Annotated[Whole, Field(ge=1, le=1024)], ...],
         Field(min_length=1),
-        AfterValidator(_once),
+        _ONCE,
     ]
-
-
-def _experiment(value: str) -> str:
-    # MLflow's registry refuses / and : in a model's name, and quotes break its filters.
-    ok = bool(value.strip()) and value.isprintable() and not set("/:'\"`") & set(value)
-    _use(ok, "a name without / : and quotes (registered models are named after it)")
-    return value
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -262,17 +261,23 @@ class Tracking:
     """Whether runs are logged, where in MLflow, and what happens when it is away at start."""
 
     enabled: Switch
-    experiment: Annotated[str, AfterValidator(_experiment)]
+    experiment: Annotated[  # MLflow's registry refuses / and :, and its filters break at quotes
+        str,
+        _check(
+            lambda name: name.strip() and name.isprintable() and not set("/:'\"`") & set(name),
+            "a name without / : and quotes, since registered models are named after it",
+        ),
+    ]
     on_failure: Literal["fail", "warn"]
 
 
-def _images(value: float) -> float:
-    ok = 1 <= value <= 10**9 if isinstance(value, int) else 0 < value < 1
-    _use(ok, "a number of images (whole, at least 1) or a share such as 0.1")
-    return value
-
-
-Images = Annotated[Whole | Number, AfterValidator(_images)]
+Images = Annotated[
+    Whole | Number,
+    _check(
+        lambda n: 1 <= n <= 10**9 if isinstance(n, int) else 0 < n < 1,
+        "a number of images (whole, at least 1) or a share such as 0.1",
+    ),
+]
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -300,17 +305,14 @@ class Network:
     width: Annotated[Whole, Field(ge=1, le=1024)]
 
 
-Epochs = Annotated[Whole, Field(ge=1, le=100_000)]
-BatchSize = Annotated[Whole, Field(ge=2, le=65536)]
 Rate = Annotated[Number, Field(gt=0, le=1000)]
-Warmup = Annotated[Number, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=_CONFIG)
 class StageRecipe:
     """How long and how fast one network is trained."""
 
-    epochs: Epochs
+    epochs: Count
     learning_rate: Rate
 
 
@@ -318,7 +320,7 @@ class StageRecipe:
 class PhasedRecipe:
     """The same for an order's phases: `epochs` is one number for all, or one for each."""
 
-    epochs: Epochs | tuple[Epochs, ...]
+    epochs: Count | tuple[Count, ...]
     learning_rate: Rate
 
     def phases(self, count: int) -> tuple[StageRecipe, ...]:
@@ -331,8 +333,8 @@ class PhasedRecipe:
 class Recipes:
     """How a profile trains; `warmup` is the share of the steps in which the rate rises."""
 
-    batch_size: BatchSize
-    warmup: Warmup
+    batch_size: Annotated[Whole, Field(ge=2, le=65536)]
+    warmup: Annotated[Number, Field(ge=0, lt=1)]
     train_teacher: StageRecipe
     distill: StageRecipe
     train_branchynet: PhasedRecipe
@@ -357,10 +359,10 @@ class Profile:
 class Recipe:
     """A stage's recipe with what all stages of a profile share."""
 
-    epochs: Epochs
-    batch_size: BatchSize
-    learning_rate: Rate
-    warmup: Warmup
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup: float
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -390,10 +392,10 @@ class _Shared:
     tracking: Tracking
 
 
-def _name(value: str) -> str:
-    ok = value.replace("-", "").replace("_", "").isalnum()
-    _use(ok, "letters, digits, - and _ in a profile's name")
-    return value
+_Name = Annotated[
+    str,
+    _check(lambda name: re.fullmatch(r"[\w-]+", name), "letters, digits, _ and - in its name"),
+]
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -402,7 +404,7 @@ class _File(_Shared):
 
     profile: str
     augmentation: Mixing
-    profiles: Annotated[dict[Annotated[str, AfterValidator(_name)], Profile], Field(min_length=1)]
+    profiles: Annotated[dict[_Name, Profile], Field(min_length=1)]
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -15,18 +15,21 @@ __all__ = ["entry"]
 
 Body = Callable[[params.Params, Run], dict[str, float]]
 
+# The machine's refusals, which only its owner can change. Any other OSError is a bug.
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
-def entry(slot: str, body: Body) -> int:
-    """Run a stage and write `results/<slot>/metrics.json`; returns the exit status.
+
+def entry(stage: str, body: Body) -> int:
+    """Run a stage and write `results/<stage>/metrics.json`; returns the exit status.
 
     Bad input is printed as one line; any other exception keeps its traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: KILLED
     try:
         loaded = params.load()
-        with stage_run(slot, loaded) as run:
+        with stage_run(stage, loaded) as run:
             metrics = body(loaded, run)
-            write_json(Path("results") / slot / "metrics.json", metrics)
+            write_json(Path("results") / stage / "metrics.json", metrics)
             run.metrics(metrics)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -35,8 +38,8 @@ def entry(slot: str, body: Body) -> int:
         print(f"stopped: {error}" if str(error) else "stopped", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.errno not in _REFUSALS:
             raise
-        print(f"error: {error}; mend what stands in the way and run again", file=sys.stderr)
+        print(f"error: {error}; change that and run again", file=sys.stderr)
         return 1
     return 0
