@@ -29,7 +29,7 @@ def make_split(count: int, seed: int) -> Split:
 
 
 def randomise(network: BranchyNet, seed: int = 0) -> BranchyNet:
-    """Give every weight and every batch-norm statistic a value of its own."""
+    """Give every tensor values of its own, the same for a seed; exits are unsure, but differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
@@ -37,11 +37,17 @@ def randomise(network: BranchyNet, seed: int = 0) -> BranchyNet:
                 noise = torch.rand(tensor.shape, generator=generator)
                 if "running_var" in name:
                     tensor.copy_(0.5 + noise)
-                elif "bn" in name or ".1.running_mean" in name:
-                    tensor.add_(0.2 * noise)
-                elif name.endswith("weight") and tensor.dim() == 2:
-                    tensor.copy_(2 * noise - 1)
-    return network.eval()
+                elif tensor.dim() > 1:
+                    tensor.copy_((2 * noise - 1) * (6 / tensor[0].numel()) ** 0.5)
+                else:
+                    tensor.copy_(0.2 * noise + name.endswith("weight"))
+        images = torch.randn(64, network.architecture.channels, SIZE, SIZE, generator=generator)
+        for exit, logits in zip(network.exits, network.eval()(images), strict=True):
+            last = [layer for layer in exit.modules() if isinstance(layer, torch.nn.Linear)][-1]
+            scale = 2 / logits.std(dim=0).mean()
+            last.weight.mul_(scale)
+            last.bias.sub_(logits.mean(dim=0)).mul_(scale)
+    return network
 
 
 def with_recipe(plan: Plan, **changes: Any) -> Plan:
