@@ -150,7 +150,7 @@ def prepare(images: int, epochs: int) -> Bench:
     """The digits, the few-label plan, and a teacher trained on all training images."""
     loaded = params.parse({**_yaml(), "profile": "digits"})
     source = loaded.profile.data
-    dataset, _ = download(read_source(source, Path()), source, "digits", loaded.seed)
+    dataset, _, _ = download(read_source(source, Path()), source, "digits", loaded.seed)
     recipes = loaded.profile.recipes
     plan = replace(loaded, seed=0, training=replace(loaded.training, checkpoint_every=10**6)).plan(
         recipes.distill

@@ -1,47 +1,73 @@
 """Stage `download`: any source becomes one dataset file with fixed splits."""
 
+from collections.abc import Mapping
+
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeke.data.dataset import Dataset, Split, channel_statistics
 from edgeke.data.sources import LabelledImages
-from edgeke.data.splits import duplicates_across, split_indices
+from edgeke.data.splits import copies, split_indices
 from edgeke.params import Source
 
 __all__ = ["download"]
 
 
 def download(
-    found: LabelledImages, source: Source, name: str, seed: int
-) -> tuple[Dataset, dict[str, float]]:
-    """Split labelled images; returns the dataset and the counts per split and class.
+    labelled: LabelledImages, source: Source, name: str, seed: int
+) -> tuple[Dataset, dict[str, float], list[str]]:
+    """Split labelled images; returns the dataset, counts per split and class, notes for the user.
 
     Mean and std are taken over all images the source gives for training: everything but test.
     Errors: InputError when the splits cannot be cut.
     """
-    splits = split_indices(found, source, seed)
+    splits = split_indices(labelled, source, seed)
     for_training = np.sort(np.concatenate([splits[n] for n in splits if n != "test"]))
-    mean, std = channel_statistics(found.images[for_training])
-    channels, height, width = found.images.shape[1:]
+    mean, std = channel_statistics(labelled.images[for_training])
+    channels, height, width = labelled.images.shape[1:]
     dataset = Dataset(
         name=name,
-        classes=found.classes,
+        classes=labelled.classes,
         image_shape=(channels, height, width),
         mean=mean,
         std=std,
         source=source.source,
         seed=seed,
         sha256="",  # computed from the content when the file is written
-        splits={n: Split(found.images[i], found.labels[i]) for n, i in splits.items()},
+        splits={n: Split(labelled.images[i], labelled.labels[i]) for n, i in splits.items()},
+        bits=labelled.bits,
     )
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = {f"{split}/images": len(i) for split, i in splits.items()}
+    duplicates, notes = _copies(labelled, splits)
+    metrics |= duplicates
     for split, indices in splits.items():
-        metrics[f"{split}/images"] = len(indices)
-    for split, count in duplicates_across(found.images, splits).items():
-        metrics[f"{split}/duplicates_of_train"] = count
-    for split, indices in splits.items():
-        counts = np.bincount(found.labels[indices], minlength=len(found.classes))
+        counts = np.bincount(labelled.labels[indices], minlength=len(labelled.classes))
         metrics |= {
             f"{split}/images_of/{label}": int(count)
-            for label, count in zip(found.classes, counts, strict=True)
+            for label, count in zip(labelled.classes, counts, strict=True)
         }
-    return dataset, metrics
+    return dataset, metrics, [*labelled.notes, *notes]
+
+
+def _copies(
+    labelled: LabelledImages, splits: Mapping[str, NDArray[np.int64]]
+) -> tuple[dict[str, float], list[str]]:
+    """How many images of each split are pixel for pixel in `train`, too; what to say of copies."""
+    groups = copies(labelled.images)
+    train = set(splits["train"].tolist())
+    leaked = {index for group in groups if train & set(group) for index in group}
+    counts = {n: len(leaked & set(splits[n].tolist())) for n in splits if n != "train"}
+    notes = []
+    if any(counts.values()):
+        words = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
+        notes.append(f"copies of training images in other splits: {words}; remove them")
+    mixed = [group for group in groups if len(set(labelled.labels[group].tolist())) > 1]
+    if mixed:
+        first = mixed[0][0]
+        other = next(i for i in mixed[0] if labelled.labels[i] != labelled.labels[first])
+        names = [labelled.names[i] if labelled.names else f"image {i}" for i in (first, other)]
+        notes.append(
+            f"{len(mixed)} images are in more than one class, such as {' and '.join(names)}; "
+            "keep each where it belongs"
+        )
+    return {f"{name}/duplicates_of_train": count for name, count in counts.items()}, notes

@@ -57,9 +57,14 @@ _ONCE = _check(lambda values: len({str(v) for v in values}) == len(values), "eac
 
 @dataclass(frozen=True, config=_CONFIG)
 class Data:
-    """The folder of the user's own images, read by the `image_folder` source."""
+    """The folder of the user's own images, read by the `image_folder` source.
+
+    `bits`: significant bits of its 16-bit pictures. What the splits and pixels are made of is the
+    profile's `Source`.
+    """
 
     path: Text
+    bits: Annotated[Whole, Field(ge=8, le=16)]
 
 
 @dataclass(frozen=True, config=_CONFIG)

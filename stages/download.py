@@ -13,8 +13,10 @@ from stages._entry import entry
 
 def run(params: Params, log: Run) -> dict[str, float]:
     source = params.profile.data
-    found = read_source(source, Path(params.data.path))
-    dataset, metrics = download(found, source, params.profile_name, params.seed)
+    labelled = read_source(source, Path(params.data.path), params.data.bits)
+    dataset, metrics, notes = download(labelled, source, params.profile_name, params.seed)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     save_dataset(dataset, Path("data/dataset.safetensors"))
     return metrics
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from edgeke.device.decode import BITS
 from edgeke.errors import InputError
 from edgeke.files import write_bytes
 
@@ -40,6 +41,7 @@ class Dataset:
     """The splits that were asked for, and the metadata of all.
 
     `mean` and `std` are per channel, in [0, 1], over all images the source gives for training.
+    `bits`: significant bits of 16-bit pictures.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Dataset:
     seed: int
     sha256: str
     splits: Mapping[str, Split]
+    bits: int = BITS
 
     def __getitem__(self, split: str) -> Split:
         return self.splits[split]
@@ -96,6 +99,7 @@ def save_dataset(dataset: Dataset, path: Path) -> None:
         "std": dataset.std,
         "source": dataset.source,
         "seed": dataset.seed,
+        "bits": dataset.bits,
         "sha256": _digest(tensors),
     }
     # One metadata key: safetensors keeps several in no fixed order, and DVC compares bytes.

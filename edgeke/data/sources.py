@@ -1,65 +1,71 @@
 """Where labelled images come from: scikit-learn's digits, CIFAR through torchvision, a folder."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
+from edgeke.device.decode import BITS, fit_picture, open_picture
 from edgeke.errors import InputError
 from edgeke.params import Source
 
 __all__ = ["SOURCES", "LabelledImages", "read_source"]
 
-_Bomb = Image.DecompressionBombError
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
 class LabelledImages:
     """Images uint8 `[N, C, H, W]`, labels int64 `[N]` and the names of the classes.
 
-    The first `train` images may be split further; those behind are the source's own test split
-    (none when `train` equals N).
+    The first `train` images may be split further; the others are the source's own test split
+    (none when `train` equals N). `names` of the images, where they have any, are their files.
+    `bits`: significant bits of 16-bit pictures. `notes` are sentences for the user.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     train: int
+    names: tuple[str, ...] = ()
+    bits: int = BITS
+    notes: tuple[str, ...] = ()
 
 
-def read_source(source: Source, path: Path) -> LabelledImages:
-    """Read the source that the profile names; `path` is the folder of `image_folder`.
+def read_source(source: Source, path: Path, bits: int = BITS) -> LabelledImages:
+    """Read the source that the profile names.
 
+    `path` is the folder of `image_folder`, `bits` are the significant bits of its 16-bit pictures.
     Errors: InputError for a missing or empty class folder, a corrupt or mis-sized image (named),
     fewer than two classes, a download that fails.
     """
-    found = SOURCES[source.source](source, path)
-    if len(found.classes) < 2:
+    labelled = SOURCES[source.source](source, path, bits)
+    if len(labelled.classes) < 2:
         raise InputError(
-            f"source {source.source} holds only one class ({', '.join(found.classes)}); a "
+            f"source {source.source} has only one class ({', '.join(labelled.classes)}); a "
             "classifier needs at least two class folders"
         )
-    return found
+    return labelled
 
 
-def _digits(source: Source, path: Path) -> LabelledImages:
+def _digits(source: Source, path: Path, bits: int) -> LabelledImages:
     """scikit-learn's 1,797 handwritten digits (UCI, 8x8, 17 grey levels)."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    images = np.stack([_to_array(Image.fromarray(image), source, "digits") for image in grey])
+    images = np.stack([_fit(Image.fromarray(image), source, bits, "digits") for image in grey])
     return LabelledImages(
         images, bunch.target.astype(np.int64), tuple(map(str, bunch.target_names)), len(images)
     )
 
 
-def _cifar(source: Source, path: Path) -> LabelledImages:
+def _cifar(source: Source, path: Path, bits: int) -> LabelledImages:
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) as torchvision downloads and verifies it."""
     from torchvision import datasets
 
@@ -79,7 +85,7 @@ def _cifar(source: Source, path: Path) -> LabelledImages:
     images = pixels.transpose(0, 3, 1, 2)
     if source.image_size != images.shape[-1] or source.channels != images.shape[1]:
         images = np.stack(
-            [_to_array(Image.fromarray(image), source, source.source) for image in tqdm(pixels)]
+            [_fit(Image.fromarray(image), source, bits, source.source) for image in tqdm(pixels)]
         )
     labels = np.concatenate([np.asarray(part.targets, np.int64) for part in parts])
     return LabelledImages(
@@ -87,7 +93,7 @@ def _cifar(source: Source, path: Path) -> LabelledImages:
     )
 
 
-def _image_folder(source: Source, path: Path) -> LabelledImages:
+def _image_folder(source: Source, path: Path, bits: int) -> LabelledImages:
     """`path/{train,test}/<class>/*`, or `path/<class>/*` when there is no own test split."""
     if not path.is_dir():
         raise InputError(
@@ -95,40 +101,59 @@ def _image_folder(source: Source, path: Path) -> LabelledImages:
             "-S data.path=/absolute/folder"
         )
     # A class may be called train, too: only a folder of folders is a split.
-    train_folder = path / "train"
-    has_parts = train_folder.is_dir() and any(child.is_dir() for child in train_folder.iterdir())
+    has_parts = (path / "train").is_dir() and any(f.is_dir() for f in (path / "train").iterdir())
     parts = [path / "train", path / "test"] if has_parts else [path]
-    files, labels, classes, train = [], [], _classes(parts[0]), 0
+    files, labels, train = [], [], 0
+    left_out: dict[str, list[Path]] = defaultdict(list)
+    if has_parts:
+        left_out["beside train/ and test/"] = [f for f in _visible(path) if f not in parts]
+    classes = _classes(parts[0])
     for part in parts:
-        if part is not parts[0] and _classes(part) != classes:
+        if _classes(part) != classes:
             differing = sorted(set(_classes(part)) ^ set(classes))
             raise InputError(
-                f"{parts[0]} and {part} must hold the same class folders; these stand in only one "
+                f"{parts[0]} and {part} must hold the same class folders; these are in only one "
                 f"of them: {', '.join(differing)}"
             )
+        left_out["beside class folders"] += [f for f in _visible(part) if not f.is_dir()]
         for label, name in enumerate(classes):
-            found = sorted(
-                file
-                for file in (part / name).iterdir()
-                if file.suffix.lower() in _SUFFIXES and file.name[0] != "."
-            )
-            if not found:
+            pictures = []
+            for file in _visible(part / name):
+                if file.is_dir():
+                    left_out["folders in class folders"].append(file)
+                elif file.suffix.lower() not in _SUFFIXES:
+                    left_out[f"ending in {file.suffix or 'nothing'}"].append(file)
+                else:
+                    pictures.append(file)
+            if not pictures:
                 raise InputError(
                     f"class folder {part / name} holds no images ({', '.join(sorted(_SUFFIXES))});"
                     " add some or remove the folder"
                 )
-            files += found
-            labels += [label] * len(found)
+            files += pictures
+            labels += [label] * len(pictures)
         train = train or len(files)
-    with tqdm(files, desc=f"read {path}", unit="image", mininterval=1) as bar:
-        images = np.stack([_read_image(file, source) for file in bar])
-    return LabelledImages(images, np.asarray(labels, np.int64), classes, train)
+    images, highest = [], 0
+    for file in tqdm(files, desc=f"read {path}", unit="image", mininterval=1):
+        picture = open_picture(file, source.channels)
+        if picture.mode == "I;16":
+            highest = max(highest, int(np.asarray(picture).max()))
+        images.append(_fit(picture, source, bits, str(file)))
+    notes = (*_about_left_out(path, left_out), *_about_bits(highest, bits))
+    names = tuple(map(str, files))
+    return LabelledImages(
+        np.stack(images), np.asarray(labels, np.int64), classes, train, names, bits, notes
+    )
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.name[0] != ".")
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise InputError(f"{folder} is missing; it must hold one folder per class")
-    names = tuple(sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] != "."))
+    names = tuple(child.name for child in _visible(folder) if child.is_dir())
     if not names:
         raise InputError(
             f"{folder} holds no class folders; put the images of each class into a folder of its "
@@ -137,37 +162,39 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _read_image(file: Path, source: Source) -> NDArray[np.uint8]:
-    try:
-        with Image.open(file) as image:
-            return _to_array(ImageOps.exif_transpose(image), source, str(file))
-    except InputError:
-        raise
-    except (UnidentifiedImageError, SyntaxError, ValueError, OSError, _Bomb) as error:
+def _about_left_out(path: Path, left_out: Mapping[str, list[Path]]) -> list[str]:
+    """One sentence that counts by reason what was not read, with an example of each."""
+    reasons = [
+        f"{len(files)} {reason} (such as {files[0].relative_to(path)})"
+        for reason, files in left_out.items()
+        if files
+    ]
+    return [f"left out of {path}: {', '.join(reasons)}"] if reasons else []
+
+
+def _about_bits(highest: int, bits: int) -> list[str]:
+    """A sentence where 16-bit pictures use less than a quarter of the range they could."""
+    if not highest or highest >> (bits - 2):
+        return []
+    used = max(8, highest.bit_length())
+    return [
+        f"no 16-bit picture has a value above {highest}, of {2**bits - 1}: they are read nearly "
+        f"black. If the camera gives {used} bits, use -S data.bits={used}"
+    ]
+
+
+def _fit(picture: Image.Image, source: Source, bits: int, name: str) -> NDArray[np.uint8]:
+    """One picture as uint8 `[C, H, W]` of the profile's size."""
+    side = source.image_size
+    if source.fit == "exact" and picture.size != (side, side):
         raise InputError(
-            f"{file} cannot be read as an image ({error}); replace or remove it"
-        ) from error
+            f"{name} is {picture.size[0]}x{picture.size[1]}, not {side}x{side}; resize it, or set "
+            "`fit: resize` in the profile's data section to scale and crop every image"
+        )
+    return fit_picture(picture, (side, side, source.channels), bits, name).transpose(2, 0, 1)
 
 
-def _to_array(image: Image.Image, source: Source, name: str) -> NDArray[np.uint8]:
-    """One image as uint8 `[C, H, W]` of the profile's size."""
-    size = (source.image_size, source.image_size)
-    if image.mode.startswith("I;16"):  # inspection cameras; Pillow itself would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise InputError(f"{name} has 32 bits per pixel; convert it to 8 or 16 bits")
-    if image.size != size:
-        if source.fit == "exact":
-            raise InputError(
-                f"{name} is {image.size[0]}x{image.size[1]}, not {size[0]}x{size[1]}; resize it, "
-                "or set `fit: resize` in the profile's data section to scale and crop every image"
-            )
-        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-    array = np.asarray(image.convert("L" if source.channels == 1 else "RGB"), np.uint8)
-    return array[None] if source.channels == 1 else array.transpose(2, 0, 1)
-
-
-SOURCES: dict[str, Callable[[Source, Path], LabelledImages]] = {
+SOURCES: dict[str, Callable[[Source, Path, int], LabelledImages]] = {
     "digits": _digits,
     "cifar10": _cifar,
     "cifar100": _cifar,

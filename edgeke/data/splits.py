@@ -1,7 +1,7 @@
 """Stratified, seeded splits, and what could make them leak."""
 
 import hashlib
-from collections.abc import Mapping
+from collections import defaultdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,12 +10,12 @@ from edgeke.data.sources import LabelledImages
 from edgeke.errors import InputError
 from edgeke.params import Source
 
-__all__ = ["SPLITS", "duplicates_across", "split_indices"]
+__all__ = ["SPLITS", "copies", "split_indices"]
 
 SPLITS = ("train", "validation", "calibration", "test")
 
 
-def split_indices(found: LabelledImages, source: Source, seed: int) -> dict[str, NDArray[np.int64]]:
+def split_indices(labelled: LabelledImages, source: Source, seed: int) -> dict[str, NDArray[np.int64]]:
     """Indices of each split: disjoint, stratified by class, the same for the same seed.
 
     Sizes come from the profile; `test` is cut first unless the source has its own. Every split
@@ -23,10 +23,10 @@ def split_indices(found: LabelledImages, source: Source, seed: int) -> dict[str,
     """
     from sklearn.model_selection import train_test_split
 
-    total, own_test = len(found.labels), len(found.labels) > found.train
+    total, own_test = len(labelled.labels), len(labelled.labels) > labelled.train
     if own_test and source.test is not None:
         raise InputError(
-            f"source {source.source} brings its own test split of {total - found.train} images; "
+            f"source {source.source} brings its own test split of {total - labelled.train} images; "
             "set `test: null` in the profile's data section to use it"
         )
     if not own_test and source.test is None:
@@ -34,26 +34,26 @@ def split_indices(found: LabelledImages, source: Source, seed: int) -> dict[str,
             f"source {source.source} has no test split of its own; set `test` in the profile's "
             "data section to a number of images or a share such as 0.2"
         )
-    rest = np.arange(found.train)
+    rest = np.arange(labelled.train)
     # Every split is shuffled: its first images, on which latency is measured, are a fair sample.
     shuffle = np.random.default_rng(seed).permutation
-    splits = {"test": shuffle(np.arange(found.train, total))} if own_test else {}
+    splits = {"test": shuffle(np.arange(labelled.train, total))} if own_test else {}
     for name in ("test", "calibration", "validation"):
         if name in splits:
             continue
         size: int | float | None = getattr(source, name)
         assert size is not None
         count = size if isinstance(size, int) else round(size * total)
-        _check_enough(found, rest, name, count)
+        _check_enough(labelled, rest, name, count)
         rest, taken = train_test_split(
-            rest, test_size=count, stratify=found.labels[rest], random_state=seed
+            rest, test_size=count, stratify=labelled.labels[rest], random_state=seed
         )
         splits[name] = shuffle(taken)
     splits["train"] = shuffle(rest)
     for name, indices in splits.items():
-        missing = set(range(len(found.classes))) - set(found.labels[indices].tolist())
+        missing = set(range(len(labelled.classes))) - set(labelled.labels[indices].tolist())
         if missing:
-            names = ", ".join(found.classes[label] for label in sorted(missing))
+            names = ", ".join(labelled.classes[label] for label in sorted(missing))
             raise InputError(
                 f"split {name} has no image of class {names}; add images of it, or make the split "
                 "larger in the profile's data section"
@@ -61,22 +61,19 @@ def split_indices(found: LabelledImages, source: Source, seed: int) -> dict[str,
     return {name: splits[name] for name in SPLITS}
 
 
-def duplicates_across(
-    images: NDArray[np.uint8], splits: Mapping[str, NDArray[np.int64]]
-) -> dict[str, int]:
-    """How many images of each later split stand pixel for pixel in `train`, too."""
-    digests = [hashlib.sha256(image.tobytes()).digest() for image in images]
-    seen = {digests[i] for i in splits["train"]}
-    return {
-        name: sum(digests[i] in seen for i in splits[name]) for name in SPLITS if name != "train"
-    }
+def copies(images: NDArray[np.uint8]) -> list[list[int]]:
+    """Groups of the indices of images with the same pixels, two or more each."""
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, image in enumerate(images):
+        groups[hashlib.sha256(image.tobytes()).digest()].append(index)
+    return [group for group in groups.values() if len(group) > 1]
 
 
-def _check_enough(found: LabelledImages, rest: NDArray[np.int64], name: str, count: int) -> None:
-    classes = len(found.classes)
-    counts = np.bincount(found.labels[rest], minlength=classes)
+def _check_enough(labelled: LabelledImages, rest: NDArray[np.int64], name: str, count: int) -> None:
+    classes = len(labelled.classes)
+    counts = np.bincount(labelled.labels[rest], minlength=classes)
     if counts.min() < 2:
-        scarce = found.classes[int(counts.argmin())]
+        scarce = labelled.classes[int(counts.argmin())]
         raise InputError(
             f"class {scarce} has too few images to reach every split; give it at least 4, better "
             "20 or more"

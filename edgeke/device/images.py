@@ -1,4 +1,4 @@
-"""Whether pixels fit a model, with words on what to do when they do not."""
+"""Pixels that a model takes, from arrays and Pillow pictures; what does not fit is explained."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,96 +8,108 @@ from numpy.typing import NDArray
 
 from edgeke.errors import InputError
 
-__all__ = ["check_image", "check_images"]
+__all__ = ["check_image", "check_images", "plain_picture"]
 
 _Shape = tuple[int, int, int]
 
 
 def check_image(image: Any, shape: _Shape, name: str = "the image") -> NDArray[np.uint8]:
-    """One image as uint8 `[H, W, C]`; `[H, W]` is taken where C is 1.
+    """One image as uint8 `[H, W, C]`; `[H, W]` is accepted where C is 1.
 
-    Anything NumPy reads as an array will do. `name` is what errors call it.
-    Errors: InputError for another size, type or number of channels.
+    Anything that NumPy reads as an array, or a Pillow picture of any mode (see `plain_picture`).
+    `name` is what errors call it. Errors: InputError for another size, type or number of channels.
     """
     try:
+        if hasattr(image, "getbands"):  # a Pillow picture; Pillow itself need not be installed
+            image = plain_picture(image, shape[2])
         pixels = np.asarray(image)
     except (ValueError, TypeError) as error:
         raise InputError(f"{name} cannot be read as an array ({error})") from error
     if pixels.dtype != np.uint8:
-        raise InputError(_wrong_type(pixels, name))
+        raise InputError(f"{name} is {pixels.dtype}, not uint8; {_to_uint8(pixels)}")
     if shape[2] == 1 and pixels.shape == shape[:2]:
         pixels = pixels[..., None]
     if pixels.shape != shape:
-        raise InputError(_wrong_shape(pixels.shape, shape, name))
+        raise InputError(
+            f"{name} has shape {list(pixels.shape)}, the model takes {list(shape)} (height, width, "
+            f"channels); {_to_shape(pixels.shape, shape)}"
+        )
     return np.ascontiguousarray(pixels)
 
 
 def check_images(images: Any, shape: _Shape) -> NDArray[np.uint8]:
     """Images as uint8 `[N, H, W, C]`, from an array or a sequence of images.
 
-    `[N, H, W]` is taken where C is 1. Errors: InputError naming the first image that does not fit.
+    `[N, H, W]` is accepted where C is 1. Errors: InputError naming the first image that is wrong.
     """
-    if not isinstance(images, np.ndarray | Sequence):
+    if not isinstance(images, np.ndarray | Sequence) or getattr(images, "ndim", 1) == 0:
         raise InputError(
             f"images are of type {type(images).__name__}; give an array [N, H, W, C] or a list of "
             "images"
         )
-    if isinstance(images, np.ndarray) and images.shape in (shape, shape[:2]):
-        raise InputError(
-            f"images have the shape {_text(images.shape)} of a single image; use predict, or "
-            "images[None] for a batch of one"
-        )
-    if isinstance(images, np.ndarray) and images.shape[1:] == shape and images.dtype == np.uint8:
-        return np.ascontiguousarray(images)
+    if isinstance(images, np.ndarray):
+        if images.shape in (shape, shape[:2]):
+            raise InputError(
+                f"images have the shape {list(images.shape)} of a single image; use predict, or "
+                "images[None] for a batch of one"
+            )
+        if images.shape[1:] == shape and images.dtype == np.uint8:
+            return np.ascontiguousarray(images)
     checked = [check_image(image, shape, f"image {n}") for n, image in enumerate(images)]
     return np.stack(checked) if checked else np.empty((0, *shape), np.uint8)
 
 
-def _wrong_type(pixels: NDArray[Any], name: str) -> str:
-    if not np.issubdtype(pixels.dtype, np.number):
-        return f"{name} is of type {pixels.dtype}, not uint8; give pixels from 0 to 255"
-    if np.issubdtype(pixels.dtype, np.floating):
-        convert = (
-            "give the camera's own pixels, or convert: numpy.rint(255 * image).astype(numpy.uint8) "
-            "when values lie in 0 to 1, without the 255 when they lie in 0 to 255; undo any "
-            "normalisation first, the model does its own"
-        )
-        bad = int((~np.isfinite(pixels)).sum())
-        lost = (
-            f" and holds {bad} values that are NaN or infinite: mend its source first"
-            if bad
-            else ""
-        )
-        return f"{name} is {pixels.dtype}, not uint8{lost}; {convert}"
-    return (
-        f"{name} is {pixels.dtype}, not uint8; convert: (image >> 8).astype(numpy.uint8) for 16 "
-        "bits per pixel, image.astype(numpy.uint8) when values lie in 0 to 255"
-    )
+def plain_picture(picture: Any, channels: int) -> Any:
+    """A Pillow picture of any mode as mode L (1 channel) or RGB (3), transparency over white.
+
+    Pictures of 16 and 32 bits per pixel are given as modes I;16, I and F. Errors: ValueError for a
+    mode that Pillow cannot convert.
+    """
+    from PIL import Image
+
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray(np.asarray(picture).astype(np.uint16))
+    if picture.mode in ("I", "F"):
+        return picture
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    if picture.mode not in ("L", "1"):
+        picture = picture.convert("RGB")
+    return picture.convert("L" if channels == 1 else "RGB")
 
 
-def _wrong_shape(found: tuple[int, ...], shape: _Shape, name: str) -> str:
-    height, width, channels = shape
-    start = (
-        f"{name} has shape {_text(found)}, the model takes {_text(shape)} (height, width, channels)"
-    )
-    if len(found) == 4:
-        return f"{start}; predict takes one image: use predict_batch for several"
-    if found == (channels, height, width):
-        return f"{start}; put the channels last: image.transpose(1, 2, 0)"
-    if found[:2] != (height, width) or len(found) not in (2, 3):
+def _to_uint8(pixels: NDArray[Any]) -> str:
+    if np.issubdtype(pixels.dtype, np.integer):
         return (
-            f"{start}; resize it, for instance with Pillow: "
-            f"PIL.ImageOps.fit(picture, ({width}, {height}))"
+            "convert: (image >> 8).astype(numpy.uint8) for 16 bits per pixel, "
+            "image.astype(numpy.uint8) where values are 0 to 255"
         )
-    if len(found) == 2 or found[2] == 1:
-        grey = "image[..., None]" if len(found) == 2 else "image"
-        return f"{start}; repeat the grey channel: numpy.repeat({grey}, {channels}, axis=-1)"
+    if not np.issubdtype(pixels.dtype, np.floating):
+        return "give pixels from 0 to 255"
+    bad = int((~np.isfinite(pixels)).sum())
+    return (f"fix {bad} values that are NaN or infinite; " if bad else "") + (
+        "give the camera's own pixels, or convert: numpy.rint(255 * image).astype(numpy.uint8) "
+        "where values are 0 to 1, without the 255 where they are 0 to 255; undo any "
+        "normalisation first, the model has its own"
+    )
+
+
+def _to_shape(found: Sequence[int], shape: _Shape) -> str:
+    height, width, channels = shape
+    if len(found) == 4:
+        return "predict takes one image: use predict_batch for several"
+    if found == (channels, height, width):
+        return "put the channels last: image.transpose(1, 2, 0)"
+    if len(found) not in (2, 3) or found[:2] != (height, width):
+        return (
+            "resize it, for instance with Pillow: "
+            f"PIL.ImageOps.fit(picture, ({width}, {height}), PIL.Image.Resampling.BICUBIC)"
+        )
+    if len(found) == 2:
+        return f"repeat the grey channel: numpy.repeat(image[..., None], {channels}, axis=-1)"
+    if found[2] == 1:
+        return f"repeat the grey channel: numpy.repeat(image, {channels}, axis=-1)"
     if found[2] == 4 and channels == 3:
-        return f"{start}; drop the alpha channel: image[..., :3]"
-    if channels == 1:
-        return f"{start}; convert it to grey, for instance with Pillow: picture.convert('L')"
-    return f"{start}; convert it to {channels} channels"
-
-
-def _text(shape: Sequence[int]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
+        return "drop the alpha channel: image[..., :3]"
+    return f"convert it to {channels} channels, for instance with Pillow"

@@ -3,7 +3,7 @@ import pytest
 from toys import replace
 
 from edgeke.data.sources import LabelledImages
-from edgeke.data.splits import SPLITS, duplicates_across, split_indices
+from edgeke.data.splits import SPLITS, copies, split_indices
 from edgeke.errors import InputError
 from edgeke.params import Source
 
@@ -27,8 +27,8 @@ def make(counts: list[int], train: int | None = None) -> LabelledImages:
 
 
 def test_splits_are_disjoint_complete_stratified_and_seeded():
-    found = make([60, 40, 100])
-    splits = split_indices(found, SOURCE, seed=3)
+    labelled = make([60, 40, 100])
+    splits = split_indices(labelled, SOURCE, seed=3)
     assert {name: len(splits[name]) for name in SPLITS} == {
         "train": 110,
         "validation": 20,
@@ -37,19 +37,19 @@ def test_splits_are_disjoint_complete_stratified_and_seeded():
     }
     assert sorted(np.concatenate(list(splits.values())).tolist()) == list(range(200))
     for indices in splits.values():
-        shares = np.bincount(found.labels[indices]) / len(indices)
+        shares = np.bincount(labelled.labels[indices]) / len(indices)
         assert np.abs(shares - [0.3, 0.2, 0.5]).max() < 0.05
-    again = split_indices(found, SOURCE, seed=3)
-    other = split_indices(found, SOURCE, seed=4)
+    again = split_indices(labelled, SOURCE, seed=3)
+    other = split_indices(labelled, SOURCE, seed=4)
     assert all((splits[name] == again[name]).all() for name in SPLITS)
     assert (splits["test"] != other["test"]).any()
 
 
 def test_a_source_with_its_own_test_split_keeps_it():
-    found = make([60, 60], train=100)
+    labelled = make([60, 60], train=100)
     with pytest.raises(InputError, match=r"own test split of 20 images.*test: null"):
-        split_indices(found, SOURCE, 0)
-    splits = split_indices(found, replace(SOURCE, test=None), 0)
+        split_indices(labelled, SOURCE, 0)
+    splits = split_indices(labelled, replace(SOURCE, test=None), 0)
     assert sorted(splits["test"].tolist()) == list(range(100, 120))
     assert splits["test"].tolist() != list(range(100, 120))
     with pytest.raises(InputError, match="no test split of its own"):
@@ -67,13 +67,8 @@ def test_too_few_images_are_refused():
         split_indices(make([200, 3]), SOURCE, 0)
 
 
-def test_duplicates_of_training_images_are_counted():
+def test_copies_are_grouped():
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 8, 8), np.uint8)
-    images[4] = images[0]
-    splits = {
-        "train": np.array([0, 1]),
-        "validation": np.array([2]),
-        "calibration": np.array([3]),
-        "test": np.array([4, 5]),
-    }
-    assert duplicates_across(images, splits) == {"validation": 0, "calibration": 0, "test": 1}
+    images[4] = images[5] = images[0]
+    images[3] = images[2]
+    assert copies(images) == [[0, 4, 5], [2, 3]]
