@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from edgeke.data.dataset import Split, channels_last
+from edgeke.device.bundle import segments_hash
 from edgeke.device.manifest import Manifest
 from edgeke.device.policy import Answer, Policy, force_exit
 from edgeke.device.scores import Score, calibrated_probabilities, vote
@@ -94,7 +95,7 @@ def calibrate(
     metrics |= point_metrics(policy, seen)
     metrics |= exit_quality(seen, policy.temperatures, "validation")
     metrics |= exit_quality(held, policy.temperatures, "calibration")
-    model = compose(segments, policy, manifest.classes, manifest.image_shape)
+    model = compose(segments, policy, manifest)
     metrics |= check_composed(model, policy, seen, validation)
     logits = {"validation": seen.logits, "calibration": held.logits}
     rows = reliability_rows(held, policy.temperatures)
@@ -220,24 +221,25 @@ def reliability_rows(answers: Answers, temperatures: Sequence[float]) -> list[di
     ]
 
 
-def compose(
-    segments: Sequence[Path],
-    policy: Policy,
-    classes: Sequence[str],
-    image_shape: tuple[int, int, int],
-) -> bytes:
-    """The one file: segments, policy, class names and input shape `[H, W, C]` in one model."""
+def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> bytes:
+    """The one file: the segments in one model, with what a device must know in its metadata.
+
+    That is the policy, class names, input shape `[H, W, C]`, significant bits of 16-bit pictures,
+    and the segments' hash, by which a device tells whether the segments beside the file are its.
+    """
     metadata = {
         "policy": json.dumps(policy.to_json()),
-        "classes": json.dumps(list(classes)),
-        "image_shape": json.dumps(list(image_shape)),
+        "classes": json.dumps(list(manifest.classes)),
+        "image_shape": json.dumps(list(manifest.image_shape)),
+        "bits": json.dumps(manifest.bits),
+        "segments_sha256": segments_hash(segments),
     }
     model = compose_cascade(
         [onnx.load(segment) for segment in segments],
         score=Score(policy.score, policy.score_weights),
         temperatures=policy.temperatures,
-        image_shape=image_shape,
-        classes=len(classes),
+        image_shape=manifest.image_shape,
+        classes=len(manifest.classes),
         metadata=metadata,
     )
     return bytes(model.SerializeToString())

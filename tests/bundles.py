@@ -33,7 +33,7 @@ def build(folder: Path, segments: list, score: str, suffix: str, dataset: Datase
     settings = Calibrate(score, Proportions((0.5, 0.5, 0.9)), 0.05, 0.1, ())
     frozen, _ = freeze(seen, MACS, MAIN, settings)
     policy = certify(frozen, held.logits, held.labels, 0.1, ())
-    model = compose(files, policy, CLASSES, (SIZE, SIZE, 1))
+    model = compose(files, policy, manifest)
     (folder / f"edgeke{suffix}.onnx").write_bytes(model)
     (folder / f"policy{suffix}.json").write_text(json.dumps(policy.to_json()))
     return folder

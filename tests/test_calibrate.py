@@ -17,6 +17,7 @@ from edgeke.calibrate import (
     vote_quality,
 )
 from edgeke.data.dataset import channels_last
+from edgeke.device.manifest import Manifest
 from edgeke.device.policy import parse_policy
 from edgeke.device.session import open_session
 from edgeke.errors import InputError
@@ -33,6 +34,7 @@ ASKED = tuple(
 )
 SETTINGS = Calibrate("max_probability", Proportions((0.5, 0.5, 0.9)), 0.05, 0.1, ASKED)
 MACS, MAIN = (60, 80, 110), 90
+MANIFEST = Manifest(("0.onnx", "1.onnx", "2.onnx"), MACS, MAIN, CLASSES, (SIZE, SIZE, 1), bits=12)
 
 
 def drawn(seed: int, samples: int) -> Answers:
@@ -163,16 +165,17 @@ def built(network, dataset, tmp_path: Path, request):
         for name in ("validation", "calibration")
     ]
     policy = fit(answers[0], answers[1], replace(SETTINGS, score=request.param))
-    model = compose(files, policy, CLASSES, (SIZE, SIZE, 1))
+    model = compose(files, policy, MANIFEST)
     return model, policy, answers[0], files
 
 
-def test_the_one_file_carries_policy_classes_and_shape(built):
+def test_the_one_file_carries_what_a_device_must_know(built):
     model, policy, _, _ = built
     carried = open_session(model).get_modelmeta().custom_metadata_map
     assert parse_policy(carried["policy"]) == policy
     assert json.loads(carried["classes"]) == list(CLASSES)
     assert json.loads(carried["image_shape"]) == [SIZE, SIZE, 1]
+    assert json.loads(carried["bits"]) == 12
 
 
 def test_the_one_file_equals_the_cascade(built, dataset):
@@ -185,7 +188,7 @@ def test_the_one_file_equals_the_cascade(built, dataset):
 def test_a_file_of_another_policy_fails_the_stage(built, dataset):
     _, policy, answers, files = built
     hotter = replace(policy, temperatures=tuple(3 * t for t in policy.temperatures))
-    model = compose(files, hotter, CLASSES, (SIZE, SIZE, 1))
+    model = compose(files, hotter, MANIFEST)
     with pytest.raises(InputError, match="the composed file"):
         check_composed(model, policy, answers, dataset["validation"])
 

@@ -1,17 +1,28 @@
 """What is in a bundle: the one file, what it carries, and the segments beside it."""
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
+from edgeke.device.decode import BITS
 from edgeke.device.manifest import MANIFEST, read_manifest
 from edgeke.device.policy import Policy, parse_policy
 from edgeke.errors import InputError
 
-__all__ = ["PRECISIONS", "Bundle", "Carried", "find_bundle", "read_carried", "read_segments"]
+__all__ = [
+    "PRECISIONS",
+    "Bundle",
+    "Carried",
+    "find_bundle",
+    "read_carried",
+    "read_segments",
+    "segments_hash",
+]
 
 # By name of the one file; what stands first is taken where nothing is asked for.
 PRECISIONS = {"int8": "edgeke.int8.onnx", "fp32": "edgeke.onnx"}
@@ -31,11 +42,17 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Carried:
-    """What rides in the one file's metadata: policy, class names, image shape `(H, W, C)`."""
+    """The one file's metadata: policy, class names, image shape `(H, W, C)`, bits, segments.
+
+    `bits`: significant bits of 16-bit pictures. `segments_sha256`: see `segments_hash`; None in
+    files of older versions.
+    """
 
     policy: Policy
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    bits: int
+    segments_sha256: str | None
 
 
 def find_bundle(path: Path, precision: str | None = None) -> Bundle:
@@ -76,9 +93,9 @@ def find_bundle(path: Path, precision: str | None = None) -> Bundle:
 def read_carried(session: onnxruntime.InferenceSession, name: str) -> Carried:
     """What an open one-file model carries. Errors: InputError for a foreign or damaged file."""
     metadata = session.get_modelmeta().custom_metadata_map
-    inputs = {tensor.name for tensor in session.get_inputs()}
+    inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
     missing = {"policy", "classes", "image_shape"} - set(metadata)
-    if missing or inputs != {"image", "thresholds", "votes"}:
+    if missing or set(inputs) != {"image", "thresholds", "votes"}:
         raise InputError(
             f"{name} is an ONNX model, but not one that EdgeKE composed: it lacks "
             f"{', '.join(sorted(missing)) or 'the inputs image, thresholds and votes'}; give "
@@ -89,39 +106,63 @@ def read_carried(session: onnxruntime.InferenceSession, name: str) -> Carried:
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     classes, shape = _loaded(metadata["classes"]), _loaded(metadata["image_shape"])
+    bits = _loaded(metadata.get("bits", str(BITS)))
     outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
     sound = (
         isinstance(classes, list)
+        and isinstance(bits, int)
+        and 8 <= bits <= 16
         and isinstance(shape, list)
         and len(shape) == 3
-        and [tensor.shape for tensor in session.get_inputs() if tensor.name == "image"]
-        == [[1, *shape]]
+        and inputs["image"] == [1, *shape]
+        and inputs["thresholds"] == [len(policy.macs)]
         and outputs.get("probabilities") == [1, len(classes)]
     )
     if not sound:
         raise InputError(
-            f"{name} contradicts itself: its classes or image shape are not those of its graph; "
-            "export it again"
+            f"{name} contradicts itself: its metadata does not fit its graph; export it again"
         )
     height, width, channels = shape
-    return Carried(policy, tuple(map(str, classes)), (height, width, channels))
+    return Carried(
+        policy,
+        tuple(map(str, classes)),
+        (height, width, channels),
+        bits,
+        metadata.get("segments_sha256"),
+    )
 
 
-def read_segments(folder: Path, carried: Carried) -> list[Path]:
-    """The segments' files, shallow to deep. Errors: InputError when they are another model's."""
+def read_segments(folder: Path, carried: Carried, model: Path) -> list[Path]:
+    """The segments' files, shallow to deep.
+
+    Errors: InputError when one is missing, or they are not those that `model` was composed of.
+    """
     manifest = read_manifest(folder)
+    files = [folder / name for name in manifest.segments]
     same = (
-        len(manifest.segments) == len(carried.policy.macs)
+        len(files) == len(carried.policy.macs)
         and manifest.macs == carried.policy.macs
         and manifest.classes == carried.classes
         and manifest.image_shape == carried.image_shape
+        and carried.segments_sha256 in (None, segments_hash(files))
     )
     if not same:
         raise InputError(
-            f"{folder / MANIFEST} describes another model than the one file beside it; copy both "
-            "from the same bundle"
+            f"{folder} belongs to another model than {model}, or is damaged; copy both from the "
+            "same bundle"
         )
-    return [folder / name for name in manifest.segments]
+    return files
+
+
+def segments_hash(files: Sequence[Path]) -> str:
+    """SHA-256 over the files' own SHA-256, in order. Errors: InputError when one is missing."""
+    whole = hashlib.sha256()
+    for file in files:
+        try:
+            whole.update(hashlib.sha256(file.read_bytes()).digest())
+        except OSError as error:
+            raise InputError(f"{file} cannot be read ({error}); copy the whole bundle") from error
+    return whole.hexdigest()
 
 
 def _loaded(text: str) -> Any:

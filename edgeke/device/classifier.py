@@ -84,6 +84,7 @@ class Classifier:
         self.policy = self._carried.policy
         self.classes = self._carried.classes
         self.image_shape = self._carried.image_shape
+        self.bits = self._carried.bits
         self._segments: Segments | None = None
         self._opening, self._profiling = threading.Lock(), threading.Lock()
         self._warned = False
@@ -209,7 +210,7 @@ class Classifier:
         if self._segments is None and folder is not None:
             with self._opening:
                 if self._segments is None:
-                    files = read_segments(folder, self._carried)
+                    files = read_segments(folder, self._carried, self.bundle.model)
                     self._segments = Segments(files, self.policy, self.threads)
         return self._segments
 

@@ -109,7 +109,7 @@ def _print_costs(measured: Profile) -> None:
 def _predict(classifier: Classifier, asked: argparse.Namespace) -> None:
     for path in asked.images:
         answer = classifier.predict(
-            read_image(path, classifier.image_shape),
+            read_image(path, classifier.image_shape, classifier.bits),
             asked.mean_latency_ms,
             asked.deadline_ms,
             asked.min_accuracy,

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from edgeke.device.decode import BITS
 from edgeke.errors import InputError
 
 __all__ = ["MANIFEST", "Manifest", "read_manifest"]
@@ -16,6 +17,7 @@ class Manifest:
     """One precision's files in order, MACs per exit `[E]`, class names, image shape `(H, W, C)`.
 
     `main_macs` are those of the main exit without the other exits' branches: the plain network.
+    `bits`: significant bits of 16-bit pictures.
     """
 
     segments: tuple[str, ...]
@@ -23,6 +25,7 @@ class Manifest:
     main_macs: int
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    bits: int = BITS
 
     def to_json(self) -> str:
         """The text of segments.json."""
@@ -40,8 +43,9 @@ def read_manifest(folder: Path) -> Manifest:
             main_macs=content["main_macs"],
             classes=tuple(content["classes"]),
             image_shape=tuple(content["image_shape"]),
+            bits=content.get("bits", BITS),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} cannot be read ({error}); copy the whole bundle, or export the model, again"
         ) from error

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from edgeke.data.dataset import Dataset
+from edgeke.device.decode import BITS
 from edgeke.errors import InputError
 from edgeke.files import read_json, write_bytes, write_text
 from edgeke.networks.architecture import Architecture
@@ -21,17 +22,21 @@ __all__ = ["Preprocessing", "load_checkpoint", "save_checkpoint"]
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What the network expects: normalisation in [0, 1], image shape [C, H, W], class names."""
+    """What the network expects: normalisation in [0, 1], image shape [C, H, W], class names.
+
+    `bits`: significant bits of 16-bit pictures.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_shape: tuple[int, int, int]
     classes: tuple[str, ...]
+    bits: int = BITS
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Preprocessing":
         """The preprocessing that belongs to a dataset."""
-        return cls(dataset.mean, dataset.std, dataset.image_shape, dataset.classes)
+        return cls(dataset.mean, dataset.std, dataset.image_shape, dataset.classes, dataset.bits)
 
 
 def save_checkpoint(
@@ -71,8 +76,9 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[BranchyNet, Prepr
     described, weights = read_json(path.with_suffix(".json")), path.with_suffix(".safetensors")
     try:
         architecture = Architecture.from_json(described["architecture"])
-        values = described["preprocessing"]
-        preprocessing = Preprocessing(**{key: tuple(value) for key, value in values.items()})
+        values: dict[str, Any] = described["preprocessing"]
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        preprocessing = Preprocessing(**{**values, **lists})
         network = BranchyNet(architecture)
         network.load_state_dict(load_file(weights), strict=True)
     except FileNotFoundError:
