@@ -70,7 +70,9 @@ def export(
 
     names = tuple(f"{exit}.onnx" for exit in range(len(exits)))
     macs = tuple(cost.macs for cost in exits)
-    manifest = Manifest(names, macs, main_macs, preprocessing.classes, (size, size, channels), preprocessing.bits)
+    manifest = Manifest(
+        names, macs, main_macs, preprocessing.classes, (size, size, channels), preprocessing.bits
+    )
     files = {}
     for precision, parts in (("fp32", segments), ("int8", segments_int8)):
         folder = models / "segments" / precision

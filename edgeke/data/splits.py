@@ -15,7 +15,9 @@ __all__ = ["SPLITS", "copies", "split_indices"]
 SPLITS = ("train", "validation", "calibration", "test")
 
 
-def split_indices(labelled: LabelledImages, source: Source, seed: int) -> dict[str, NDArray[np.int64]]:
+def split_indices(
+    labelled: LabelledImages, source: Source, seed: int
+) -> dict[str, NDArray[np.int64]]:
     """Indices of each split: disjoint, stratified by class, the same for the same seed.
 
     Sizes come from the profile; `test` is cut first unless the source has its own. Every split

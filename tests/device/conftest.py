@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from bundles import build
 from toys import SIZE, randomise
 
@@ -22,6 +23,7 @@ def bundles(architecture, dataset, tmp_path_factory) -> dict[str, Path]:
     Tests must not change them.
     """
     root = tmp_path_factory.mktemp("bundles")
+    torch.manual_seed(0)
     network = randomise(BranchyNet(architecture))
     segments = export_segments(network, dataset.mean, dataset.std, SIZE)
     coarse = quantise_segments(segments, channels_last(dataset["train"].images))
