@@ -1,6 +1,7 @@
 """What an exit puts between features and logits: bodies and heads."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = ["Attention", "attention_body", "branch_head", "main_head", "separable_body"]
 
@@ -8,20 +9,17 @@ __all__ = ["Attention", "attention_body", "branch_head", "main_head", "separable
 class Attention(nn.Module):
     """Spatial attention: features times a sigmoid mask computed at half resolution.
 
-    As in self-distillation's heads (Zhang et al. 2021). Needs an even height and width.
+    As in self-distillation's heads (Zhang et al. 2021).
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.mask = nn.Sequential(
-            _separable(channels, channels, 2),
-            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
-            nn.Sigmoid(),
-        )
+        self.mask = _separable(channels, channels, 2)
 
     def forward(self, features: Tensor) -> Tensor:
-        weighted: Tensor = features * self.mask(features)
-        return weighted
+        small, size = self.mask(features), features.shape[-2:]
+        mask = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
+        return features * mask.sigmoid()
 
 
 def attention_body(channels: int, outputs: int) -> nn.Sequential:
