@@ -1,8 +1,10 @@
-"""Stage `distill`: one branch alone under the teacher, the paper's first knob."""
+"""Stage `distill`: every branch of the layout alone under the teacher, the paper's first stage."""
+
+from collections.abc import Sequence
 
 from edgeke.data.dataset import Dataset
-from edgeke.learning.alone import Trained, train_alone
 from edgeke.learning.fit import OnEpoch
+from edgeke.learning.from_scratch import Trained, train_from_scratch
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import make_objective
 from edgeke.learning.parallel import local_device
@@ -11,43 +13,68 @@ from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import KD, Plan
 
-__all__ = ["distill"]
+__all__ = ["branch_metrics", "distill"]
 
 
 def distill(
     dataset: Dataset,
     student: Architecture,
-    branch: int,
     teacher: BranchyNet | None,
     kd: KD,
     plan: Plan,
     *,
     on_epoch: OnEpoch,
-) -> Trained:
-    """Train exit `branch` of `student` as a network of its own, from fresh weights.
+) -> tuple[Trained, ...]:
+    """Train each exit of `student` as a network of its own, from fresh weights; one result each.
 
-    `teacher` may be None when `kd.distance` is none. Needs the splits train and validation.
+    `teacher` may be None when `kd.distance` is none. Needs the splits train and validation. Rows
+    given to `on_epoch` are named by branch, as in `train/branch_0/loss`. The checkpoint of a
+    finished branch is kept, so that a later call does not train it again.
     """
     device = local_device()
+    images = Images.of(dataset, device)
     objective = make_objective(
         kd,
         teacher.to(device) if teacher else None,
-        student.classes,
         label_smoothing=plan.optimisation.label_smoothing,
+        paper_factor=1.0,
     )
-    return train_alone(
-        student.branch(branch),
-        objective,
-        Images.of(dataset, device),
-        plan,
-        description=f"branch {branch}",
-        on_epoch=on_epoch,
-        resume=ResumeFile(
+    trained = []
+    for branch in range(len(student.exits)):
+
+        def on_branch_epoch(epoch: int, row: dict[str, float], branch: int = branch) -> None:
+            on_epoch(epoch, _named(row, branch))
+
+        alone = student.branch(branch)
+        resume = ResumeFile(
             f"distill/{branch}",
             plan=plan,
             kd=kd,
-            architecture=student.branch(branch),
+            architecture=alone,
             data=dataset.sha256,
             teacher=fingerprint(teacher),
-        ),
-    )
+        )
+        trained.append(
+            train_from_scratch(
+                alone,
+                objective,
+                images,
+                plan,
+                description=f"branch {branch}",
+                on_epoch=on_branch_epoch,
+                resume=resume,
+            )
+        )
+    return tuple(trained)
+
+
+def branch_metrics(trained: Sequence[Trained]) -> dict[str, float]:
+    """The last epoch's metrics of all branches, such as `validation/branch_0/accuracy`."""
+    metrics: dict[str, float] = {}
+    for branch, one in enumerate(trained):
+        metrics |= _named(one.history[-1], branch)
+    return metrics
+
+
+def _named(row: dict[str, float], branch: int) -> dict[str, float]:
+    return {key.replace("/", f"/branch_{branch}/"): value for key, value in row.items()}

@@ -20,7 +20,7 @@ from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.learning.checkpoints import Preprocessing
-from edgeke.learning.images import predict
+from edgeke.learning.predict import predict
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.cost import exit_costs
 from edgeke.params import Export

@@ -1,26 +1,25 @@
-"""Stage `train_branchynet`: all exits of one network, in the order that was asked for."""
+"""Stage `train_branchynet`: all exits of one network, trained in a certain order."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from edgeke.data.dataset import Dataset
-from edgeke.learning.alone import Trained
-from edgeke.learning.fit import History, OnEpoch, fit
-from edgeke.learning.images import Images, evaluate
-from edgeke.learning.objectives import make_objective
+from edgeke.learning.fit import OnEpoch, fit
+from edgeke.learning.from_scratch import Trained
+from edgeke.learning.images import Images
+from edgeke.learning.objectives import Objective, make_objective
 from edgeke.learning.orders import Order
 from edgeke.learning.parallel import local_device
 from edgeke.learning.phases import OneExit, phase_network
+from edgeke.learning.predict import evaluate
 from edgeke.learning.resume import ResumeFile, fingerprint
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import KD, Plan
 
 __all__ = ["exit_metrics", "train_branchynet"]
-
-# The paper doubles its Wasserstein weight in the BranchyNet (kd.paper_weights).
-_PAPER_FACTOR = 2.0
 
 
 def train_branchynet(
@@ -30,84 +29,100 @@ def train_branchynet(
     branches: Mapping[int, BranchyNet],
     teacher: BranchyNet | None,
     kd: KD,
-    weights: tuple[float, ...],
     plans: Sequence[Plan],
     *,
+    seed: int,
+    weights: tuple[float, ...],
+    detach: bool,
     on_epoch: OnEpoch,
-) -> Trained:
-    """Train a BranchyNet from the distilled branches its order starts from.
+) -> tuple[Trained, BranchyNet]:
+    """Train a BranchyNet from distilled branches; returns it, and its plain baseline.
 
-    `branches` maps their numbers to networks; what later phases do not train again stays
-    unchanged. `weights` `[E]` are those of the exits' losses when they learn together, `plans` are
-    one for each of the order's phases. The history has one row an epoch, its keys named by exit.
+    `branches` maps numbers to networks: those that the order starts from, and the main one.
+    `plans` has one plan for each phase; what later phases do not train again stays unchanged.
+    Where exits learn together, their losses have the weights `weights` `[E]`, and with `detach`
+    the early exits do not move the trunk. The history has one row an epoch, its keys named by exit.
     Needs the splits train and validation.
+
+    The baseline is the main network without early exits, trained as long as the main exit: a copy
+    of the distilled main branch, or, after joint phases, a network that learnt in the same phases
+    from the same start.
     """
     device = local_device()
     images = Images.of(dataset, device)
     teacher = teacher.to(device) if teacher else None
-    if plans:
-        torch.manual_seed(plans[0].seed)
+    main = len(student.exits) - 1
+    torch.manual_seed(seed)
     network = BranchyNet(student)
     for number in order.starts:
         network.load_branch(number, branches[number])
+    torch.manual_seed(seed)
+    plain = BranchyNet(student.branch(main))
+    if order.starts:
+        plain.load_branch(0, branches[main])
     network.to(device)
-    main, resumes = len(network.exits) - 1, []
+    resumes: list[ResumeFile] = []
     rows: dict[int, dict[str, float]] = {}
-    started = [fingerprint(branches[number]) for number in order.starts]
-    for number, (phase, plan) in enumerate(zip(order.phases, plans, strict=True)):
+
+    def on_phase_epoch(epoch: int, row: dict[str, float]) -> None:
+        rows.setdefault(epoch, {}).update(row)
+        on_epoch(epoch, row)
+
+    def train(
+        phase: int, view: nn.Module, root: BranchyNet, objective: Objective, names: tuple[str, ...]
+    ) -> None:
+        resume = ResumeFile(
+            f"train_branchynet/{phase}/{'plain' if root is plain else 'exits'}",
+            plans=plans,
+            kd=kd,
+            weights=weights,
+            detach=detach,
+            order=order,
+            architecture=student,
+            data=dataset.sha256,
+            teacher=fingerprint(teacher),
+            branches=starts,
+        )
+        resumes.append(resume)
+        fit(
+            view,
+            objective,
+            images,
+            plans[phase],
+            description=", ".join(names),
+            on_epoch=on_phase_epoch,
+            names=names,
+            root=root,
+            resume=resume,
+        )
+
+    starts = [fingerprint(branches[number]) for number in sorted(branches)]
+    for number, phase in enumerate(order.phases):
         joint = len(phase.exits) > 1
-        # The main exit can supervise others once it has learnt: it comes from a distilled branch.
-        guide = main in order.starts and not joint
+        smoothing = plans[number].optimisation.label_smoothing
+        # The main exit supervises the others once it has learnt: it is a distilled branch.
+        supervises = main in order.starts and not joint
         objective = make_objective(
             kd,
             teacher,
-            student.classes,
-            main=OneExit(network, main, network.attached[main]) if guide else None,
+            main=OneExit(network, main, network.attached[main]) if supervises else None,
             joint=joint,
             weights=weights if joint else None,
-            label_smoothing=plan.optimisation.label_smoothing,
-            paper_factor=_PAPER_FACTOR,
+            label_smoothing=smoothing,
+            paper_factor=order.paper_factor,
         )
-
-        def on_phase_epoch(
-            epoch: int, row: dict[str, float], exits: tuple[int, ...] = phase.exits
-        ) -> None:
-            if len(exits) == 1:  # phases share their epochs: the loss is named by its exit, too
-                row = {f"train/exit_{exits[0]}/loss": row["train/loss"], **row}
-                del row["train/loss"]
-            rows.setdefault(epoch, {}).update(row)
-            on_epoch(epoch, row)
-
-        resumes.append(
-            ResumeFile(
-                f"train_branchynet/{number}",
-                plan=plan,
-                kd=kd,
-                weights=weights,
-                order=order,
-                architecture=student,
-                data=dataset.sha256,
-                teacher=fingerprint(teacher),
-                branches=started,
-            )
-        )
-        fit(
-            phase_network(network, phase),
-            objective,
-            images,
-            plan,
-            description="exits" if joint else f"exit {phase.exits[0]}",
-            on_epoch=on_phase_epoch,
-            exits=phase.exits,
-            root=network,
-            resume=resumes[-1],
-        )
-    history: History = [rows[epoch] for epoch in sorted(rows)]
-    return Trained(network.eval(), history, tuple(resumes))
+        view = phase_network(network, phase, detach=detach)
+        train(number, view, network, objective, tuple(f"exit_{exit}" for exit in phase.exits))
+        if joint:
+            alone = make_objective(kd, teacher, joint=True, label_smoothing=smoothing)
+            train(number, plain, plain, alone, ("plain",))
+    history = [rows[epoch] for epoch in sorted(rows)]
+    return Trained(network.eval(), history, tuple(resumes)), plain.eval()
 
 
-def exit_metrics(network: BranchyNet, dataset: Dataset) -> dict[str, float]:
-    """Validation cross-entropy and accuracy of every exit."""
+def exit_metrics(network: BranchyNet, plain: BranchyNet, dataset: Dataset) -> dict[str, float]:
+    """Validation cross-entropy and accuracy of every exit, and of the plain baseline."""
     images = Images.of(dataset, local_device())
-    network = network.to(images.train.device)
-    return evaluate(network, images, tuple(range(len(network.exits))))
+    device, names = images.train.device, tuple(f"exit_{exit}" for exit in range(len(network.exits)))
+    exits = evaluate(network.to(device), images, names)
+    return exits | evaluate(plain.to(device), images, ("plain",))

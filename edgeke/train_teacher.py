@@ -1,9 +1,9 @@
 """Stage `train_teacher`: the large single-exit network that supervises all others."""
 
 from edgeke.data.dataset import Dataset
-from edgeke.learning.alone import Trained, train_alone
-from edgeke.learning.build import teacher_architecture
+from edgeke.learning.architectures import teacher_architecture
 from edgeke.learning.fit import OnEpoch
+from edgeke.learning.from_scratch import Trained, train_from_scratch
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
 from edgeke.learning.parallel import local_device
@@ -16,7 +16,7 @@ __all__ = ["train_teacher"]
 def train_teacher(dataset: Dataset, network: Network, plan: Plan, *, on_epoch: OnEpoch) -> Trained:
     """Train the teacher on labels alone; needs the splits train and validation."""
     architecture = teacher_architecture(network, dataset)
-    return train_alone(
+    return train_from_scratch(
         architecture,
         CrossEntropy(label_smoothing=plan.optimisation.label_smoothing),
         Images.of(dataset, local_device()),

@@ -1,4 +1,4 @@
-"""Dataset and teacher -> models/branches/<i>.{safetensors,json}, one for each exit."""
+"""Dataset and teacher -> models/branches/<exit>.{safetensors,json}, for every exit."""
 
 import sys
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from edgeke.data.dataset import load_dataset
-from edgeke.distill import distill
+from edgeke.distill import branch_metrics, distill
 from edgeke.files import write_table
-from edgeke.learning.build import student_architecture
+from edgeke.learning.architectures import student_architecture
 from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
 from edgeke.params import Params
 from edgeke.tracking.runs import Run
@@ -17,38 +17,30 @@ from stages._entry import entry
 
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
-    kd, plan = params.kd, params.plan(params.profile.recipes.distill)
+    preprocessing, kd = Preprocessing.of(dataset), params.kd
+    plan = params.plan(params.profile.recipes.distill)
     student = student_architecture(params.profile.student, params.branchynet.layout, dataset)
     teacher = None
     if kd.distance != "none":
-        teacher, _ = load_checkpoint(Path("models/teacher"), torch.device("cpu"))
-    metrics: dict[str, float] = {}
-    branches, rows = [], []
-    for number in range(len(student.exits)):
-
-        def on_epoch(epoch: int, row: dict[str, float], number: int = number) -> None:
-            log.epoch(epoch, _named(row, number))
-
-        branch = distill(dataset, student, number, teacher, kd, plan, on_epoch=on_epoch)
+        teacher, _ = load_checkpoint(Path("models/teacher"), torch.device("cpu"), preprocessing)
+    trained = distill(dataset, student, teacher, kd, plan, on_epoch=log.epoch)
+    folder, numbers = Path("models/branches"), [str(branch) for branch in range(len(trained))]
+    for file in folder.glob("*.*"):  # DVC versions the whole folder
+        if file.stem not in numbers:  # left by a layout with more exits
+            file.unlink(missing_ok=True)
+    for branch, one in enumerate(trained):
         save_checkpoint(
-            branch.network,
-            Path(f"models/branches/{number}"),
-            preprocessing=Preprocessing.of(dataset),
+            one.network,
+            folder / str(branch),
+            preprocessing=preprocessing,
             params={"plan": plan, "kd": kd},
-            metrics=branch.history[-1],
+            metrics=one.history[-1],
         )
-        metrics |= _named(branch.history[-1], number)
-        rows += [{"branch": number, **row} for row in branch.rows()]
-        branches.append(branch)
+    rows = [{"branch": branch, **row} for branch, one in enumerate(trained) for row in one.rows()]
     write_table(Path("results/distill/history.csv"), rows)
-    for branch in branches:  # only now: a stage that is killed before starts from an empty folder
-        branch.forget_checkpoints()
-    return metrics
-
-
-def _named(row: dict[str, float], number: int) -> dict[str, float]:
-    """`train/loss` of branch 1 is `train/branch_1/loss`."""
-    return {key.replace("/", f"/branch_{number}/", 1): value for key, value in row.items()}
+    for one in trained:
+        one.remove_checkpoints()
+    return branch_metrics(trained)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Dataset, teacher, distilled branches -> models/branchynet.{safetensors,json}."""
+"""Dataset, teacher, branches -> models/{branchynet,plain}.{safetensors,json}."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from edgeke.data.dataset import load_dataset
 from edgeke.files import write_table
-from edgeke.learning.build import student_architecture
+from edgeke.learning.architectures import student_architecture
 from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
 from edgeke.learning.orders import ORDERS
 from edgeke.params import Params
@@ -19,37 +18,43 @@ from stages._entry import entry
 
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
-    kd, settings, cpu = params.kd, params.branchynet, torch.device("cpu")
+    preprocessing, cpu = Preprocessing.of(dataset), torch.device("cpu")
+    recipe, kd, settings = params.profile.recipes.train_branchynet, params.kd, params.branchynet
     shared = settings.order != "independent"
     student = student_architecture(params.profile.student, settings.layout, dataset, shared=shared)
-    order = ORDERS[settings.order](student.depths)
-    recipes = params.profile.recipes.train_branchynet.phases(len(order.phases))
-    plans = [params.plan(recipe) for recipe in recipes]
-    branches = {i: load_checkpoint(Path(f"models/branches/{i}"), cpu)[0] for i in order.starts}
+    order, exits = ORDERS[settings.order](student.depths), len(student.exits)
+    plans = [params.plan(phase) for phase in recipe.phases(len(order.phases))]
+    branches = {
+        branch: load_checkpoint(Path(f"models/branches/{branch}"), cpu, preprocessing)[0]
+        for branch in {*order.starts, exits - 1}
+    }
     teacher = None
     if kd.distance != "none":
-        teacher, _ = load_checkpoint(Path("models/teacher"), cpu)
-    trained = train_branchynet(
+        teacher, _ = load_checkpoint(Path("models/teacher"), cpu, preprocessing)
+    trained, plain = train_branchynet(
         dataset,
         student,
         order,
         branches,
         teacher,
         kd,
-        settings.weights(len(student.exits)),
         plans,
+        seed=params.seed,
+        weights=settings.weights(exits),
+        detach=settings.detach,
         on_epoch=log.epoch,
     )
-    metrics = exit_metrics(trained.network, dataset)
-    save_checkpoint(
-        trained.network,
-        Path("models/branchynet"),
-        preprocessing=Preprocessing.of(dataset),
-        params={"plans": [asdict(plan) for plan in plans], "kd": kd, "branchynet": settings},
-        metrics=metrics,
-    )
+    metrics = exit_metrics(trained.network, plain, dataset)
+    for name, network in (("branchynet", trained.network), ("plain", plain)):
+        save_checkpoint(
+            network,
+            Path("models") / name,
+            preprocessing=preprocessing,
+            params={"plans": plans, "kd": kd, "branchynet": settings},
+            metrics=metrics,
+        )
     write_table(Path("results/train_branchynet/history.csv"), trained.rows())
-    trained.forget_checkpoints()
+    trained.remove_checkpoints()
     return metrics
 
 

@@ -25,7 +25,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
         metrics=metrics,
     )
     write_table(Path("results/train_teacher/history.csv"), trained.rows())
-    trained.forget_checkpoints()
+    trained.remove_checkpoints()
     return metrics
 
 

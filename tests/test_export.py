@@ -16,7 +16,7 @@ from edgeke.errors import InputError
 from edgeke.export import export
 from edgeke.graph import segments
 from edgeke.learning.checkpoints import Preprocessing
-from edgeke.learning.images import predict
+from edgeke.learning.predict import predict
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.cost import exit_costs

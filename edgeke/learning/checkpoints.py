@@ -51,27 +51,27 @@ def save_checkpoint(
 
     The JSON holds the architecture, preprocessing, params and metrics. The git commit stands in
     MLflow and in DVC's revision instead: here it would make equal networks differ, and DVC would
-    train everything behind them again (docs/decisions/004-no-commit-in-checkpoints.md).
+    train everything after them again (docs/decisions/004-no-commit-in-checkpoints.md).
     """
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
     described = {
         "architecture": network.architecture.to_json(),
         "preprocessing": dataclasses.asdict(preprocessing),
-        "params": {
-            key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-            for key, value in params.items()
-        },
+        "params": dict(params),
         "metrics": dict(metrics),
     }
-    text = json.dumps(described, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(described, indent=2, allow_nan=False, default=dataclasses.asdict) + "\n"
     write_bytes(path.with_suffix(".safetensors"), save(state))
     write_text(path.with_suffix(".json"), text)
 
 
-def load_checkpoint(path: Path, device: torch.device) -> tuple[BranchyNet, Preprocessing]:
+def load_checkpoint(
+    path: Path, device: torch.device, expected: Preprocessing | None = None
+) -> tuple[BranchyNet, Preprocessing]:
     """Read a checkpoint strictly, in evaluation mode.
 
-    Errors: InputError when a file is missing, truncated, or does not fit its description.
+    Errors: InputError when a file is missing, truncated, or does not fit its description, or when
+    the network was trained for another preprocessing than `expected`.
     """
     described, weights = read_json(path.with_suffix(".json")), path.with_suffix(".safetensors")
     try:
@@ -89,4 +89,9 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[BranchyNet, Prepr
             f"{weights} is truncated or not the checkpoint its JSON describes ({reason}); delete "
             "both and run `dvc repro`"
         ) from error
+    if expected not in (None, preprocessing):
+        raise InputError(
+            f"{weights} was trained on images of other classes, shape or normalisation than "
+            "data/dataset.safetensors has; run `dvc repro`, or copy both from one machine"
+        )
     return network.to(device).eval(), preprocessing

@@ -1,22 +1,19 @@
-"""Images on the device, and what a network answers on them."""
+"""A dataset's training and validation images on the device."""
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from edgeke.data.augment import Normalise
-from edgeke.data.dataset import Dataset, Split
+from edgeke.data.dataset import Dataset
 
-__all__ = ["Images", "evaluate", "predict"]
-
-_PREDICT_BATCH = 500
+__all__ = ["Images"]
 
 
 @dataclass(frozen=True)
 class Images:
-    """Training and validation images on the device, uint8, with their normalisation."""
+    """Training and validation images, uint8 `[N, C, H, W]`, with their normalisation."""
 
     train: Tensor
     train_labels: Tensor
@@ -27,41 +24,13 @@ class Images:
 
     @classmethod
     def of(cls, dataset: Dataset, device: torch.device) -> "Images":
-        """Move the splits `train` and `validation` of a dataset to the device, once."""
-
-        def tensors(split: Split) -> tuple[Tensor, Tensor]:
-            return (
-                torch.from_numpy(split.images).to(device),
-                torch.from_numpy(split.labels).to(device),
-            )
-
-        normalise = Normalise(dataset.mean, dataset.std, device)
+        """Copy the splits `train` and `validation` of a dataset to the device, once."""
+        train, validation = dataset["train"], dataset["validation"]
         return cls(
-            *tensors(dataset["train"]),
-            *tensors(dataset["validation"]),
+            torch.from_numpy(train.images).to(device),
+            torch.from_numpy(train.labels).to(device),
+            torch.from_numpy(validation.images).to(device),
+            torch.from_numpy(validation.labels).to(device),
             len(dataset.classes),
-            normalise,
+            Normalise(dataset.mean, dataset.std, device),
         )
-
-
-@torch.no_grad()
-def predict(network: nn.Module, images: Tensor, normalise: Normalise) -> Tensor:
-    """Logits `[E, N, K]` of uint8 images `[N, C, H, W]`, in evaluation mode."""
-    training = network.training
-    network.eval()
-    parts = [network(normalise(batch)) for batch in torch.split(images, _PREDICT_BATCH)]
-    network.train(training)
-    return torch.cat(parts, dim=1)
-
-
-def evaluate(
-    network: nn.Module, images: Images, exits: tuple[int, ...] | None = None
-) -> dict[str, float]:
-    """Cross-entropy and accuracy on the validation split, per exit where `exits` names them."""
-    logits, labels = predict(network, images.validation, images.normalise), images.validation_labels
-    names = [f"validation/exit_{e}/" for e in exits] if exits else ["validation/"]
-    metrics = {}
-    for name, at_exit in zip(names, logits, strict=True):
-        metrics[f"{name}loss"] = float(F.cross_entropy(at_exit, labels))
-        metrics[f"{name}accuracy"] = float((at_exit.argmax(-1) == labels).double().mean())
-    return metrics

@@ -1,6 +1,6 @@
 """Objectives: from a network and a batch to `{"loss": ..., "logits": ..., named parts}`.
 
-The fit loop knows only this call, so labels alone, distillation and joint exits are one line apart.
+The fit loop calls them all alike, whether they are labels alone, distillation or joint exits.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeke.errors import InputError
 from edgeke.learning.distances import DISTANCES, class_costs
 from edgeke.learning.frozen import Frozen
 from edgeke.networks.branchynet import BranchyNet
@@ -23,7 +22,7 @@ Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 
 
 class CrossEntropy:
-    """sum_e w_e CE_e: cross-entropy with the targets at every exit the network answers at.
+    """sum_e w_e CE_e: cross-entropy with the targets at every exit of the network.
 
     `weights` `[E]`; None averages over the exits.
     """
@@ -36,14 +35,15 @@ class CrossEntropy:
 
     def __call__(self, network: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         logits = network(images)
-        each = self.of_exits(logits, targets)
-        return {"loss": self.weighted(each), "logits": logits, "cross_entropy": each.detach()}
+        losses = self.per_exit(logits, targets)
+        return {"loss": self.weighted(losses), "logits": logits, "cross_entropy": losses.detach()}
 
-    def of_exits(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def per_exit(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of every exit, `[E]`."""
         smoothing = self.label_smoothing
-        each = [F.cross_entropy(at, targets, label_smoothing=smoothing) for at in logits]
-        return torch.stack(each)
+        return torch.stack(
+            [F.cross_entropy(at_exit, targets, label_smoothing=smoothing) for at_exit in logits]
+        )
 
     def weighted(self, losses: Tensor) -> Tensor:
         """The weighted sum over exits, or their mean."""
@@ -58,8 +58,8 @@ class Distillation:
     D_e is the distance to each supervisor, averaged: frozen networks that answer `[1, N, K]`, and,
     with `from_main`, the network's own last exit for all exits before it (Zhang et al. 2019). An
     exit without supervisor learns from labels alone. T^2 keeps the size of a divergence's gradient
-    independent of the temperature; that of `wasserstein` grows with T. `paper_factor` replaces the
-    weights by CE + paper_factor T^2 D.
+    independent of the temperature; that of `wasserstein` grows with T. With `paper_factor` an
+    exit's loss is CE_e + paper_factor T^2 D_e.
     """
 
     def __init__(
@@ -68,73 +68,65 @@ class Distillation:
         kd: KD,
         costs: Tensor,
         *,
+        labels: CrossEntropy,
         from_main: bool = False,
         paper_factor: float | None = None,
-        labels: CrossEntropy,
     ) -> None:
         self.supervisors = [Frozen(supervisor) for supervisor in supervisors]
-        self.kd, self.costs, self.from_main = kd, costs, from_main
-        self.labels = labels
+        self.kd, self.costs, self.labels, self.from_main = kd, costs, labels, from_main
         self.distance = DISTANCES[kd.distance]
-        share = (1 - kd.beta, kd.beta) if paper_factor is None else (1.0, paper_factor)
-        self.label_weight, self.distance_weight = share
+        weights = (1 - kd.beta, kd.beta) if paper_factor is None else (1.0, paper_factor)
+        self.label_weight, self.distance_weight = weights
 
     def __call__(self, network: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        logits = network(images)
-        cross_entropy = self.labels.of_exits(logits, targets)
-        answers = [supervisor(images) for supervisor in self.supervisors]
-        hard = targets if targets.dim() == 1 else targets.argmax(dim=-1)
-        distances, taught = [], []
+        logits, temperature = network(images), self.kd.temperature
+        cross_entropy = self.labels.per_exit(logits, targets)
+        supervised = [supervisor(images)[-1] for supervisor in self.supervisors]
+        labels = targets if targets.dim() == 1 else targets.argmax(dim=-1)
+        losses, distances = [], []
         for exit, at_exit in enumerate(logits):
-            own = [answer[-1] for answer in answers]
+            answers = list(supervised)
             if self.from_main and exit < len(logits) - 1:
-                own.append(logits[-1].detach())
-            each = [
-                self.distance(at_exit, answer, self.kd.temperature, hard, self.costs).mean()
-                for answer in own
-            ]
-            distances.append(torch.stack(each).mean() if each else logits.new_zeros(()))
-            taught.append(bool(each))
-        distance, mask = torch.stack(distances), torch.tensor(taught, device=logits.device)
-        guided = self.label_weight * cross_entropy
-        guided = guided + self.distance_weight * self.kd.temperature**2 * distance
+                answers.append(logits[-1].detach())
+            if not answers:
+                losses.append(cross_entropy[exit])
+                distances.append(logits.new_zeros(()))
+                continue
+            distance = torch.stack(
+                [self.distance(at_exit, a, temperature, labels, self.costs) for a in answers]
+            ).mean()
+            guided = self.label_weight * cross_entropy[exit]
+            losses.append(guided + self.distance_weight * temperature**2 * distance)
+            distances.append(distance.detach())
         return {
-            "loss": self.labels.weighted(torch.where(mask, guided, cross_entropy)),
+            "loss": self.labels.weighted(torch.stack(losses)),
             "logits": logits,
             "cross_entropy": cross_entropy.detach(),
-            "distance": distance.detach(),
+            "distance": torch.stack(distances),
         }
 
 
 def make_objective(
     kd: KD,
     teacher: BranchyNet | None,
-    student_classes: int,
     *,
     main: nn.Module | None = None,
     joint: bool = False,
     weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
-    paper_factor: float = 1.0,
+    paper_factor: float | None = None,
 ) -> Objective:
-    """The objective that `kd` asks for.
+    """The objective that `kd` describes; `teacher` may be None when its distance is none.
 
     `main` is the network's trained main exit where it supervises a phase; `joint` says that all
     exits learn together, so that the main exit supervises as it learns. Without either, the teacher
-    supervises whatever `kd.source` says. Errors: InputError when teacher and student differ in
-    classes.
+    supervises whatever `kd.source` says. `paper_factor` counts under `kd.paper_weights` alone.
     """
     labels = CrossEntropy(weights, label_smoothing)
     if kd.distance == "none":
         return labels
     if teacher is None:
         raise ValueError(f"distance {kd.distance} needs a teacher")
-    if teacher.architecture.classes != student_classes:
-        raise InputError(
-            f"the teacher knows {teacher.architecture.classes} classes, the student "
-            f"{student_classes}; they must be trained on the same dataset: run "
-            "`dvc repro train_teacher`"
-        )
     by_main = main is not None or joint
     supervisors: list[nn.Module] = [teacher] if kd.source != "main" or not by_main else []
     if main is not None and kd.source != "teacher":
@@ -143,7 +135,7 @@ def make_objective(
         supervisors,
         kd,
         class_costs(teacher.class_vectors()),
+        labels=labels,
         from_main=joint and kd.source != "teacher",
         paper_factor=paper_factor if kd.paper_weights and kd.distance == "wasserstein" else None,
-        labels=labels,
     )

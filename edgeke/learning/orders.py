@@ -30,12 +30,14 @@ class Phase:
 class Order:
     """The distilled branches an order starts from, and its phases.
 
-    `shared` is false where every branch keeps a trunk of its own.
+    `shared` is false where every branch keeps a trunk of its own. `paper_factor` is the weight of
+    T^2 D beside a whole CE under `kd.paper_weights`; None keeps the weights 1 - beta and beta.
     """
 
     starts: tuple[int, ...]
     phases: tuple[Phase, ...]
     shared: bool = True
+    paper_factor: float | None = None
 
 
 def independent(attached: tuple[int, ...]) -> Order:
@@ -59,12 +61,13 @@ def asynchronous(attached: tuple[int, ...]) -> Order:
 
 
 def asynchronous_back(attached: tuple[int, ...]) -> Order:
-    """Shallowest first: starts from the distilled branch 0.
+    """Shallowest first (the paper's): starts from the distilled branch 0.
 
-    Then every deeper exit: its own body and head and the trunk blocks behind the previous attach
-    point move; everything the previous exits use is frozen.
+    Then every deeper exit: its own body and head move, and the trunk blocks after the previous
+    attach point; everything the previous exits use is frozen.
     """
-    return Order((0,), tuple(Phase((e,), attached[e - 1]) for e in range(1, len(attached))))
+    phases = tuple(Phase((e,), attached[e - 1]) for e in range(1, len(attached)))
+    return Order((0,), phases, paper_factor=2.0)
 
 
 def mixed(attached: tuple[int, ...]) -> Order:

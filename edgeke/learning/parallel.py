@@ -1,72 +1,27 @@
-"""One process, or several under torchrun: who takes which images, and how they agree.
+"""One process, or several under torchrun: which images each takes, and how they agree.
 
-Several processes go through Hugging Face Accelerate (docs/decisions/005-accelerate.md), which is
-imported only then.
+With several processes the backend is torch.distributed: NCCL on GPUs, Gloo on CPUs.
 """
 
+import atexit
 import os
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from edgeke.errors import InputError
 
-__all__ = ["Parallel", "current_parallel", "local_device", "world_size"]
-
-
-class Parallel(Protocol):
-    """What the fit loop asks of the processes that train together."""
-
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """The network whose gradients are averaged over the processes."""
-
-    def share(self, batch: Tensor) -> Tensor:
-        """This process's part of a global batch."""
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes, on each of them."""
-
-
-class _Alone:
-    """One process: nothing to share, nothing to agree on."""
-
-    def wrap(self, network: nn.Module) -> nn.Module:
-        return network
-
-    def share(self, batch: Tensor) -> Tensor:
-        return batch
-
-    def mean(self, values: Tensor) -> Tensor:
-        return values
-
-
-class _Together:
-    """Processes started by torchrun, each with every size-th image of the global batch."""
-
-    def __init__(self) -> None:
-        try:
-            from accelerate import Accelerator
-        except ModuleNotFoundError:
-            raise InputError(
-                "several processes were started, which needs accelerate; install it with "
-                "`pip install accelerate`, or start one process without torchrun"
-            ) from None
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-
-    def wrap(self, network: nn.Module) -> nn.Module:
-        if self.accelerator.device.type == "cuda":  # refuses tensors on the CPU
-            convert = nn.SyncBatchNorm.convert_sync_batchnorm
-            network = convert(network)  # type: ignore[no-untyped-call]
-        wrapped: nn.Module = self.accelerator.prepare_model(network)
-        return wrapped
-
-    def share(self, batch: Tensor) -> Tensor:
-        return batch[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def mean(self, values: Tensor) -> Tensor:
-        reduced: Tensor = self.accelerator.reduce(values, reduction="mean")
-        return reduced
+__all__ = [
+    "first_process",
+    "from_first",
+    "local_device",
+    "mean",
+    "share",
+    "start",
+    "world_size",
+    "wrap",
+]
 
 
 def world_size() -> int:
@@ -74,17 +29,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def current_parallel(batch_size: int) -> Parallel:
-    """How this process trains. Errors: InputError when the batch cannot be shared evenly."""
-    size = world_size()
-    if size == 1:
-        return _Alone()
-    if batch_size % size:
-        raise InputError(
-            f"batch_size = {batch_size} cannot be shared evenly by {size} processes; use a "
-            f"multiple of {size} in the profile's recipes"
-        )
-    return _Together()
+def first_process() -> bool:
+    """Whether this process alone writes files, logs and prints."""
+    return _rank() == 0
 
 
 def local_device() -> torch.device:
@@ -92,3 +39,63 @@ def local_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def start(batch_size: int) -> None:
+    """Connect the processes, once. Errors: InputError when they cannot share a batch evenly."""
+    size = world_size()
+    if batch_size % size:
+        raise InputError(
+            f"batch_size = {batch_size} cannot be shared evenly by {size} processes; use a "
+            f"multiple of {size} in the profile's recipes"
+        )
+    if size > 1 and not distributed.is_initialized():
+        device = local_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(distributed.destroy_process_group)
+
+
+def wrap(network: nn.Module) -> nn.Module:
+    """The network whose gradients are averaged over the processes."""
+    if world_size() == 1:
+        return network
+    if local_device().type != "cuda":  # SyncBatchNorm refuses tensors on the CPU
+        return DistributedDataParallel(network)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    return DistributedDataParallel(synchronised, device_ids=[local_device()])
+
+
+def share(batch: Tensor) -> Tensor:
+    """This process's part of a global batch: every size-th image."""
+    return batch[_rank() :: world_size()]
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean over the processes, on each of them."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    distributed.all_reduce(total)
+    return total / world_size()
+
+
+def from_first(content: bytes) -> bytes:
+    """What the first process passes, on each of them."""
+    if world_size() == 1:
+        return content
+    device = local_device()
+    length = torch.tensor([len(content)], device=device)
+    distributed.broadcast(length, 0)
+    if not length:
+        return b""
+    if not first_process():
+        content = bytes(int(length))
+    buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
+    distributed.broadcast(buffer, 0)
+    return buffer.cpu().numpy().tobytes()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

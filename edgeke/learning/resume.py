@@ -1,26 +1,32 @@
-"""Checkpoints of a training under way: a killed stage goes on to bit-identical weights."""
+"""Checkpoints of an unfinished training: a killed stage goes on to bit-identical weights."""
 
 import hashlib
 import json
+import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from edgeke.errors import InputError
 from edgeke.files import write_bytes
+from edgeke.learning.parallel import first_process, from_first
 
 __all__ = [
     "FOLDER",
     "Progress",
     "ResumeFile",
     "Stopped",
+    "code_hash",
     "fingerprint",
     "load_optimiser",
     "optimiser_tensors",
@@ -29,10 +35,13 @@ __all__ = [
 
 FOLDER = Path(".edgeke/checkpoints")
 
+# What in the package `edgeke` computes weights.
+_CODE = ("data", "learning", "networks", "train_teacher.py", "distill.py", "train_branchynet.py")
+
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: epochs done, steps into the next, and the rows so far."""
+    """Where training stands: finished epochs, steps of the next, and the rows so far."""
 
     epoch: int
     step: int
@@ -46,34 +55,67 @@ class Stopped(KeyboardInterrupt):
 class ResumeFile:
     """One file below `.edgeke/checkpoints`, outside DVC's outs, named by stage and key.
 
-    The key is a hash of everything the weights depend on, so that a checkpoint of other parameters
-    is never picked up. Holds tensors (weights, optimiser, moving average, generators) and, in its
-    header, the progress as JSON.
+    The key is a hash of everything the weights depend on: what the caller names (parameters, data,
+    teacher), our code and the version of torch. A state of other parameters or other code is
+    therefore never picked up. The file holds tensors (weights, optimiser, moving average,
+    generator) and the progress as JSON.
     """
 
     def __init__(self, slot: str, **depends_on: object) -> None:
+        depends_on |= {"code": code_hash(), "torch": torch.__version__}
         text = json.dumps(depends_on, sort_keys=True, default=_plain)
-        key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.path = FOLDER / f"{slot.replace('/', '-')}-{key}.safetensors"
+        self.slot, self.key = slot, hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.path = FOLDER / f"{slot.replace('/', '-')}-{self.key}.safetensors"
 
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         """Write the state atomically."""
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_bytes(self.path, save(held, {"progress": json.dumps(asdict(progress))}))
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        encoded = bytearray(json.dumps(asdict(progress)).encode())
+        state["progress"] = torch.frombuffer(encoded, dtype=torch.uint8)
+        write_bytes(self.path, save(state))
 
     def load(self) -> tuple[Progress, dict[str, Tensor]] | None:
-        """The saved state, or None where there is none that can be read."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                progress = Progress(**json.loads(file.metadata()["progress"]))
-                names = file.keys()
-                return progress, {name: file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+        """The saved state, the first process's for all; None where there is none to be used.
+
+        Errors: InputError when this process does not train from what the first one does.
+        """
+        if from_first(self.key.encode()) != self.key.encode():
+            raise InputError(
+                f"process {os.environ['RANK']} has other parameters, code, data or models for "
+                f"{self.slot} than process 0; give every machine the same copy of the project, "
+                "data/ and models/ included"
+            )
+        content = from_first(self.path.read_bytes() if self.path.is_file() else b"")
+        if not content:
             return None
+        try:
+            tensors = load(content)
+            progress = Progress(**json.loads(tensors.pop("progress").numpy().tobytes()))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            self.refuse(f"it is damaged ({error})")
+            return None
+        return progress, tensors
+
+    def refuse(self, reason: str) -> None:
+        """Say that the file is not used; the next checkpoint replaces it."""
+        if first_process():
+            text = f"warning: {self.path} is ignored: {reason}; {self.slot} starts again"
+            print(text, file=sys.stderr)
 
     def remove(self) -> None:
-        """Forget the state: the stage has written its artefact."""
+        """Delete the file: the stage has written its result."""
         self.path.unlink(missing_ok=True)
+
+
+@cache
+def code_hash(package: Path = Path(__file__).parents[1]) -> str:
+    """A hash of the source files that weights depend on."""
+    digest = hashlib.sha256()
+    for name in _CODE:
+        for path in sorted((package / name).rglob("*.py")) or [package / name]:
+            digest.update(path.relative_to(package).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def fingerprint(module: nn.Module | None) -> str:
@@ -107,11 +149,11 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM instead of dying at once: the list stays empty until it came."""
+    """Collect SIGTERM instead of stopping at once: the list is empty until it arrives."""
     received: list[int] = []
     try:
         before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:  # not the main thread: somebody else handles signals
+    except ValueError:  # only the main thread may handle signals
         yield received
         return
     try:

@@ -1,12 +1,26 @@
 """Learning-rate schedules as pure functions of progress: nothing to save, nothing to resume."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
-__all__ = ["SCHEDULES", "cosine", "one_cycle", "step"]
+from edgeke.params import Plan
 
-# The paper drops the rate tenfold at epochs 100, 200 and 320 of 400.
-_MILESTONES = (0.25, 0.5, 0.8)
+__all__ = ["cosine", "learning_rate", "one_cycle", "step"]
+
+
+def learning_rate(plan: Plan, step_number: int, steps: int) -> float:
+    """The rate of a step, counted from 0 over all epochs of `steps` steps each."""
+    recipe, schedule = plan.recipe, plan.optimisation.schedule
+    progress = step_number / max(1, recipe.epochs * steps - 1)
+    if schedule == "one_cycle":
+        factor = one_cycle(progress, recipe.warmup)
+    elif schedule == "cosine":
+        factor = cosine(progress, recipe.warmup)
+    else:
+        epochs = recipe.epochs
+        milestones = [m if m <= 1 else m / epochs for m in plan.optimisation.milestones]
+        factor = step(progress, recipe.warmup, milestones)
+    return recipe.learning_rate * factor
 
 
 def one_cycle(progress: float, warmup: float) -> float:
@@ -26,19 +40,12 @@ def cosine(progress: float, warmup: float) -> float:
     return _between(1.0, 0.0, (progress - warmup) / (1 - warmup))
 
 
-def step(progress: float, warmup: float) -> float:
-    """A straight line up, then 1, 0.1, 0.01, 0.001 behind 25, 50 and 80 % (the paper's)."""
+def step(progress: float, warmup: float, milestones: Sequence[float]) -> float:
+    """A straight line up, then a tenth of the rate after each milestone, a share of all steps."""
     if progress < warmup:
         return progress / warmup
-    return float(0.1 ** sum(progress >= milestone for milestone in _MILESTONES))
+    return float(0.1 ** sum(progress >= milestone for milestone in milestones))
 
 
 def _between(first: float, last: float, share: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
-
-
-SCHEDULES: dict[str, Callable[[float, float], float]] = {
-    "one_cycle": one_cycle,
-    "cosine": cosine,
-    "step": step,
-}

@@ -19,7 +19,7 @@ from edgeke.graph.parity import check_close, check_exits
 from edgeke.graph.runner import segment_logits
 from edgeke.graph.scores import build_score, score_constants
 from edgeke.graph.segments import export_segments, export_static
-from edgeke.learning.images import predict
+from edgeke.learning.predict import predict
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.policy.cascade import run_cascade

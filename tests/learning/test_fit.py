@@ -6,25 +6,21 @@ from torch import nn
 from toys import replace, with_recipe
 
 from edgeke.errors import InputError
-from edgeke.learning.alone import train_alone
-from edgeke.learning.fit import fit, make_optimiser
-from edgeke.learning.images import Images, predict
+from edgeke.learning.fit import make_optimiser
+from edgeke.learning.from_scratch import train_from_scratch
+from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
+from edgeke.learning.predict import predict
 from edgeke.learning.resume import ResumeFile
-from edgeke.learning.schedules import SCHEDULES
+from edgeke.learning.schedules import learning_rate
 from edgeke.networks.architecture import Architecture
 
 CPU = torch.device("cpu")
 
 
-def quiet(epoch: int, row: dict[str, float]) -> None:
-    return
-
-
-def train(dataset, plan, on_epoch=quiet):
-    alone = Architecture.single("resnet10", 4, 1, len(dataset.classes))
-    return train_alone(
-        alone,
+def train(dataset, plan, on_epoch=lambda epoch, row: None, width=4):
+    return train_from_scratch(
+        Architecture.single("resnet10", width, 1, len(dataset.classes)),
         CrossEntropy(label_smoothing=plan.optimisation.label_smoothing),
         Images.of(dataset, CPU),
         plan,
@@ -40,12 +36,12 @@ def equal(first, second) -> bool:
 
 
 def test_it_learns_and_reports_every_epoch(dataset, plan):
-    seen = []
+    calls = []
     trained = train(
-        dataset, with_recipe(plan, epochs=6), lambda epoch, row: seen.append((epoch, row))
+        dataset, with_recipe(plan, epochs=6), lambda epoch, row: calls.append((epoch, row))
     )
-    assert [epoch for epoch, _ in seen] == [1, 2, 3, 4, 5, 6]
-    assert [row for _, row in seen] == trained.history
+    assert [epoch for epoch, _ in calls] == [1, 2, 3, 4, 5, 6]
+    assert [row for _, row in calls] == trained.history
     assert trained.history[-1]["validation/accuracy"] > 0.8
     assert trained.history[-1]["train/loss"] < trained.history[0]["train/loss"]
     assert trained.rows()[0]["epoch"] == 1
@@ -65,6 +61,7 @@ def test_calibration_and_test_images_cannot_matter(dataset, plan):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"nesterov": False},
         {"optimiser": "adam", "learning_rate": 0.003},
         {"optimiser": "adamw", "learning_rate": 0.003, "decay_norms": False},
         {"schedule": "cosine"},
@@ -75,21 +72,17 @@ def test_calibration_and_test_images_cannot_matter(dataset, plan):
     ],
     ids=str,
 )
-def test_every_recipe_learns(dataset, plan, changes):
-    trained = train(dataset, with_recipe(plan, epochs=5, **changes))
+def test_every_option_learns_and_matters(dataset, plan, changes):
+    base = with_recipe(plan, epochs=5)
+    trained = train(dataset, with_recipe(base, **changes))
     assert trained.history[-1]["train/loss"] < 0.9 * math.log(3)
     assert trained.history[-1]["validation/accuracy"] > 0.6
+    assert not equal(trained, train(dataset, base))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"mixup": 0.2},
-        {"cutmix": 1.0},
-        {"mixup": 0.2, "cutmix": 1.0},
-        {"cutout": 3},
-        {"trivial_augment": True},
-    ],
+    [{"mixup": 0.2, "cutmix": 1.0}, {"cutout": 3}, {"trivial_augment": True}],
     ids=str,
 )
 def test_every_augmentation_trains_reproducibly(dataset, plan, changes):
@@ -101,19 +94,10 @@ def test_every_augmentation_trains_reproducibly(dataset, plan, changes):
 
 @pytest.mark.parametrize(("width", "last"), [(16, True), (4, False)])
 def test_narrow_networks_stay_channels_first_on_the_cpu(dataset, plan, width, last):
-    """Channels last, PyTorch would write where it must not: see docs/log.md."""
-    alone = Architecture.single("resnet10", width, 1, len(dataset.classes))
-    odd = with_recipe(plan, epochs=1, batch_size=25)
-    arguments = (CrossEntropy(label_smoothing=0.0), Images.of(dataset, CPU), odd)
-    trained = train_alone(
-        alone,
-        *arguments,
-        description="toy",
-        on_epoch=quiet,
-        resume=ResumeFile(f"test-narrow-{width}", plan=odd),
-    )
+    """With channels last PyTorch would corrupt memory: see docs/log.md."""
+    trained = train(dataset, with_recipe(plan, epochs=1, batch_size=25), width=width)
     convolutions = [m for m in trained.network.modules() if isinstance(m, nn.Conv2d)]
-    # Of one input channel or one pixel, both layouts are the same.
+    # With one input channel or one pixel, both layouts are the same.
     weights = [m.weight for m in convolutions if m.in_channels > 1 and m.kernel_size != (1, 1)]
     assert all(w.is_contiguous(memory_format=torch.channels_last) == last for w in weights)
 
@@ -131,14 +115,13 @@ def test_the_moving_average_is_what_is_kept(dataset, plan):
     assert not equal(averaged, plain)
     images = Images.of(dataset, CPU)
     logits = predict(averaged.network, images.validation, images.normalise)[-1]
-    right = (logits.argmax(-1) == images.validation_labels).double().mean()
-    assert float(right) == averaged.history[-1]["validation/accuracy"]
+    correct = (logits.argmax(-1) == images.validation_labels).double().mean()
+    assert float(correct) == averaged.history[-1]["validation/accuracy"]
 
 
 def test_patience_stops_on_validation_loss(dataset, plan):
     still = with_recipe(plan, epochs=20, learning_rate=1e-9, patience=2)
-    history = train(dataset, replace(still, training=replace(plan.training, precision="fp32")))
-    assert 3 <= len(history.history) < 20
+    assert 3 <= len(train(dataset, still).history) < 20
 
 
 def test_a_batch_larger_than_the_split_is_refused(dataset, plan):
@@ -147,22 +130,9 @@ def test_a_batch_larger_than_the_split_is_refused(dataset, plan):
 
 
 def test_a_diverged_loss_stops_with_what_to_change(dataset, plan):
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(3))
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return (self.weight * torch.inf).expand(1, len(images), 3) - torch.inf
-
     with pytest.raises(InputError, match="loss of toy diverged in epoch 1; lower learning_rate"):
-        fit(
-            Broken(),
-            CrossEntropy(),
-            Images.of(dataset, CPU),
-            plan,
-            description="toy",
-            on_epoch=quiet,
+        train(
+            dataset, with_recipe(plan, learning_rate=1000.0, weight_decay=10.0, schedule="cosine")
         )
 
 
@@ -170,43 +140,58 @@ def test_predict_is_the_same_in_any_batching_and_keeps_the_mode(network, dataset
     images = Images.of(dataset, CPU)
     whole = predict(network.train(), images.validation, images.normalise)
     assert network.training
-    monkeypatch.setattr("edgeke.learning.images._PREDICT_BATCH", 7)
+    monkeypatch.setattr("edgeke.learning.predict._BATCH", 7)
     parts = predict(network, images.validation, images.normalise)
     assert whole.shape == (3, 60, 3)
     assert torch.allclose(whole, parts, atol=1e-5)
 
 
 def test_norms_and_biases_are_spared_on_request(network, plan):
-    groups = make_optimiser(network, with_recipe(plan, decay_norms=False)).param_groups
+    groups = make_optimiser(network, replace(plan.optimisation, decay_norms=False)).param_groups
     assert [group["weight_decay"] for group in groups] == [5e-4, 0.0]
     assert all(p.dim() >= 2 for p in groups[0]["params"])
     assert all(p.dim() == 1 for p in groups[1]["params"])
-    everything = make_optimiser(network, plan).param_groups[0]["params"]
+    everything = make_optimiser(network, plan.optimisation).param_groups[0]["params"]
     assert len(everything) == len(list(network.parameters()))
 
 
-def test_one_cycle_is_torchs():
+def test_one_cycle_is_torchs(plan):
     steps, warmup = 50, 0.3
-    parameter = nn.Parameter(torch.zeros(1))
-    optimiser = torch.optim.SGD([parameter], lr=1.0)
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=1.0, total_steps=steps, pct_start=warmup, cycle_momentum=False
+        optimiser, max_lr=0.1, total_steps=steps, pct_start=warmup, cycle_momentum=False
     )
+    # torch counts the warm-up in steps and ends it one early: compare where both fall.
+    share = (warmup * steps - 1) / (steps - 1)
+    ours = with_recipe(plan, epochs=1, learning_rate=0.1, warmup=share)
     for step in range(steps):
-        share = step / (steps - 1)
-        # torch counts the warm-up in steps and ends it one early: compare where both fall.
         if step > 0.4 * steps:
-            ours = SCHEDULES["one_cycle"](share, (warmup * steps - 1) / (steps - 1))
-            assert ours == pytest.approx(optimiser.param_groups[0]["lr"], abs=1e-9)
+            rate = learning_rate(ours, step, steps)
+            assert rate == pytest.approx(optimiser.param_groups[0]["lr"], abs=1e-9)
         optimiser.step()
         theirs.step()
 
 
-def test_schedules_at_worked_points():
-    assert SCHEDULES["cosine"](0.05, 0.1) == pytest.approx(0.5)
-    assert SCHEDULES["cosine"](0.55, 0.1) == pytest.approx(0.5)
-    assert SCHEDULES["cosine"](1.0, 0.0) == pytest.approx(0.0)
-    assert [SCHEDULES["step"](p, 0.0) for p in (0.1, 0.3, 0.6, 0.9)] == pytest.approx(
-        [1, 0.1, 0.01, 0.001]
+def test_cosine_at_worked_points(plan):
+    ours = with_recipe(plan, epochs=101, learning_rate=1.0, schedule="cosine", warmup=0.1)
+    rates = [learning_rate(ours, step, 1) for step in (5, 10, 55, 100)]
+    assert rates == pytest.approx([0.5, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "milestones", "falls"),
+    [
+        (400, (0.25, 0.5, 0.8), (100, 200, 320)),  # the published schedule
+        (300, (100, 200, 320), (100, 200)),  # as epochs: the published schedule at 300 epochs
+        (250, (80, 180, 240), (80, 180, 240)),  # the published fine-tuning
+    ],
+)
+def test_milestones_are_shares_or_epochs(plan, epochs, milestones, falls):
+    """The rate falls tenfold with the first step of these epochs, counted from 0."""
+    ours = with_recipe(
+        plan, epochs=epochs, learning_rate=0.1, schedule="step", warmup=0.0, milestones=milestones
     )
-    assert SCHEDULES["one_cycle"](0.3, 0.3) == pytest.approx(1.0)
+    for epoch in range(epochs):
+        published = 0.1 * 0.1 ** sum(epoch >= fall for fall in falls)
+        rates = [learning_rate(ours, 7 * epoch + step, 7) for step in (0, 6)]
+        assert rates == pytest.approx([published, published])

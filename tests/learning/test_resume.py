@@ -1,10 +1,8 @@
 """A training that is killed goes on to the weights it would have had."""
 
-import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,14 +11,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from toys import ROOT, with_recipe
+from workplaces import finish, start, wait_until, write_params
 
-from edgeke.learning.alone import train_alone
 from edgeke.learning.fit import make_optimiser
+from edgeke.learning.from_scratch import Trained, train_from_scratch
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
 from edgeke.learning.resume import (
-    Progress,
     ResumeFile,
+    code_hash,
     fingerprint,
     load_optimiser,
     optimiser_tensors,
@@ -28,31 +27,30 @@ from edgeke.learning.resume import (
 from edgeke.networks.architecture import Architecture
 
 
-def test_another_parameter_is_another_file(plan):
+def test_another_parameter_is_another_file(plan, monkeypatch):
     one = ResumeFile("distill/0", plan=plan)
     assert one.path != ResumeFile("distill/0", plan=with_recipe(plan, learning_rate=0.04)).path
     assert one.path != ResumeFile("distill/1", plan=plan).path
     assert one.path == ResumeFile("distill/0", plan=with_recipe(plan)).path
+    monkeypatch.setattr("edgeke.learning.resume.code_hash", lambda: "other code")
+    assert one.path != ResumeFile("distill/0", plan=plan).path
 
 
-def test_round_trip_and_damage(plan):
-    file = ResumeFile("x", plan=plan)
-    assert file.load() is None
-    progress = Progress(3, 7, [{"train/loss": 1 / 3}])
-    file.save(progress, {"a": torch.tensor([1.5])})
-    read, tensors = file.load()
-    assert read == progress
-    assert torch.equal(tensors["a"], torch.tensor([1.5]))
-    file.path.write_bytes(file.path.read_bytes()[:-3])
-    assert file.load() is None
-    file.remove()
-    file.remove()
-    assert not file.path.exists()
+def test_code_that_weights_depend_on_changes_the_key(tmp_path: Path):
+    package = tmp_path / "edgeke"
+    shutil.copytree(ROOT / "edgeke", package, ignore=shutil.ignore_patterns("__pycache__"))
+    hashes = [code_hash(ROOT / "edgeke"), code_hash.__wrapped__(package)]
+    for name in ("device/scores.py", "learning/schedules.py", "networks/heads.py", "distill.py"):
+        with (package / name).open("a") as file:
+            file.write("CHANGED = True\n")
+        hashes.append(code_hash.__wrapped__(package))
+    assert hashes[0] == hashes[1] == hashes[2]
+    assert len(set(hashes)) == 4
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
 def test_the_optimisers_state_survives(network, plan, kind):
-    plan = with_recipe(plan, optimiser=kind)
+    optimisation = with_recipe(plan, optimiser=kind).optimisation
     images = torch.randn(4, 1, 8, 8)
 
     def step(optimiser):
@@ -60,7 +58,7 @@ def test_the_optimisers_state_survives(network, plan, kind):
         network(images).square().sum().backward()
         optimiser.step()
 
-    first = make_optimiser(network, plan)
+    first = make_optimiser(network, optimisation)
     step(first)
     saved, weights = (
         optimiser_tensors(first),
@@ -70,26 +68,22 @@ def test_the_optimisers_state_survives(network, plan, kind):
     step(first)
     expected = fingerprint(network)
     network.load_state_dict(weights)
-    second = make_optimiser(network, plan)
+    second = make_optimiser(network, optimisation)
     load_optimiser(second, saved)
     step(second)
     assert fingerprint(network) == expected
 
 
-class _KilledError(Exception):
-    pass
+def train(dataset, plan, slot: str, die_at: int | None = None) -> Trained | None:
+    class KilledError(Exception):
+        pass
 
+    def on_epoch(epoch: int, row: dict[str, float]) -> None:
+        if epoch == die_at:
+            raise KilledError
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "optimiser": "adamw"}], ids=str)
-def test_a_training_stopped_between_epochs_goes_on_alike(dataset, plan, changes):
-    plan = with_recipe(plan, epochs=4, **changes)
-
-    def train(slot: str, die_at: int | None = None):
-        def on_epoch(epoch: int, row: dict[str, float]) -> None:
-            if epoch == die_at:
-                raise _KilledError
-
-        return train_alone(
+    try:
+        return train_from_scratch(
             Architecture.single("resnet10", 4, 1, 3),
             CrossEntropy(),
             Images.of(dataset, torch.device("cpu")),
@@ -98,83 +92,88 @@ def test_a_training_stopped_between_epochs_goes_on_alike(dataset, plan, changes)
             on_epoch=on_epoch,
             resume=ResumeFile(slot, plan=plan),
         )
+    except KilledError:
+        return None
 
-    whole = train("whole")
-    with pytest.raises(_KilledError):
-        train("parts", die_at=3)  # the state of epoch 2 is on the disk
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "optimiser": "adamw"}], ids=str)
+def test_a_training_stopped_between_epochs_goes_on_alike(dataset, plan, changes):
+    plan = with_recipe(plan, epochs=4, **changes)
+    whole = train(dataset, plan, "whole")
+    train(dataset, plan, "parts", die_at=3)
     assert ResumeFile("parts", plan=plan).load()[0].epoch == 2
-    parts = train("parts")
+    parts = train(dataset, plan, "parts")
     assert parts.history == whole.history
     assert fingerprint(parts.network) == fingerprint(whole.network)
-    parts.forget_checkpoints()
+    parts.remove_checkpoints()
     assert ResumeFile("parts", plan=plan).load() is None
 
 
-@pytest.fixture
-def workplace(dataset_file: Path) -> Path:
-    """The toy dataset, and a teacher stage that takes some seconds."""
-    root = dataset_file.parents[1]
-    content = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"profile": "tiny"}
-    content["tracking"]["enabled"] = False
-    content["training"]["checkpoint_every"] = 1
-    tiny = content["profiles"]["tiny"]
-    tiny["teacher"] = {"network": "resnet18", "width": 8}
-    tiny["recipes"]["batch_size"] = 16
-    tiny["recipes"]["train_teacher"]["epochs"] = 40
-    content["optimisation"]["ema"] = 0.9
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def rename_a_tensor(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"root.trunk.0.0.weight", b"root.trunk.0.0.w_ight"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(damage, "it is damaged"), (rename_a_tensor, "its tensors are not this network's")],
+)
+def test_an_unusable_checkpoint_is_ignored_with_one_line(dataset, plan, capsys, change, reason):
+    plan = with_recipe(plan, epochs=3)
+    whole = train(dataset, plan, "whole")
+    train(dataset, plan, "parts", die_at=3)
+    path = ResumeFile("parts", plan=plan).path
+    change(path)
+    capsys.readouterr()
+    parts = train(dataset, plan, "parts")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"warning: {path} is ignored: {reason}")
+    assert warnings[0].endswith("parts starts again")
+    assert fingerprint(parts.network) == fingerprint(whole.network)
+
+
+def test_a_killed_stage_goes_on_to_bit_identical_weights(dataset_file: Path):
+    root, command = dataset_file.parents[1], ("-m", "stages.train_teacher")
+    write_params(root, epochs=60)
+    content = yaml.safe_load((root / "params.yaml").read_text())
     content["augmentation"] |= {"mixup": 0.2, "cutout": 3}
+    content["optimisation"]["ema"] = 0.9
     (root / "params.yaml").write_text(yaml.safe_dump(content))
-    return root
 
+    def state() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in root.glob(".edgeke/checkpoints/*.safe*")}
 
-def start(root: Path) -> subprocess.Popen:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_"))}
-    return subprocess.Popen(
-        [sys.executable, "-m", "stages.train_teacher"],
-        cwd=root,
-        env={**inherited, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    def results() -> tuple[dict[str, torch.Tensor], str]:
+        assert not list(root.glob(".edgeke/checkpoints/*"))
+        history = (root / "results" / "train_teacher" / "history.csv").read_text()
+        return load_file(root / "models" / "teacher.safetensors"), history
 
+    finish(start(root, *command))
+    weights, history = results()
+    (root / "models" / "teacher.safetensors").unlink()
 
-def wait_for_checkpoint(root: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while not list(root.glob(".edgeke/checkpoints/*.safetensors")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def finish(root: Path) -> dict[str, torch.Tensor]:
-    process = start(root)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert list(root.glob(".edgeke/checkpoints/*")) == []
-    return load_file(root / "models" / "teacher.safetensors")
-
-
-def test_a_killed_stage_goes_on_to_bit_identical_weights(workplace: Path):
-    whole = finish(workplace)
-    history = (workplace / "results" / "train_teacher" / "history.csv").read_text()
-    (workplace / "models" / "teacher.safetensors").unlink()
-
-    killed = start(workplace)
-    wait_for_checkpoint(workplace, killed)
-    time.sleep(random.uniform(0, 1))  # at a random moment
+    killed = start(root, *command)
+    wait_until(state, killed)
+    time.sleep(random.uniform(0, 0.3))  # at a random moment
     killed.kill()
     killed.communicate()
-    assert not (workplace / "models" / "teacher.safetensors").exists()
+    assert not (root / "models" / "teacher.safetensors").exists()
 
-    stopped = start(workplace)
-    time.sleep(4 + random.uniform(0, 1))
+    before = state()
+    stopped = start(root, *command)
+    wait_until(lambda: state() != before, stopped)
     stopped.send_signal(signal.SIGTERM)
-    _, errors = stopped.communicate()
-    # 0 where the signal came after the last step.
-    assert stopped.returncode in (0, 130), errors
-    assert "Traceback" not in errors
+    output = finish(stopped, status=130)
+    assert "stopped: teacher was told to stop; the same command goes on" in output
+    assert "Traceback" not in output
 
-    again = finish(workplace)
-    assert whole.keys() == again.keys()
-    assert all(torch.equal(whole[key], again[key]) for key in whole)
-    assert (workplace / "results" / "train_teacher" / "history.csv").read_text() == history
+    finish(start(root, *command))
+    weights_again, history_again = results()
+    assert weights.keys() == weights_again.keys()
+    assert all(torch.equal(weights[key], weights_again[key]) for key in weights)
+    assert history_again == history

@@ -1,4 +1,4 @@
-"""One network, trained from fresh weights."""
+"""A network trained from fresh weights, and what every training hands back."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import Plan
 
-__all__ = ["Trained", "train_alone"]
+__all__ = ["Trained", "train_from_scratch"]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network with its curves, and the checkpoints to forget once it is saved."""
+    """A trained network with its history, and the checkpoints to delete once it is saved."""
 
     network: BranchyNet
     history: History
@@ -27,13 +27,13 @@ class Trained:
         """The history as rows of a table, epochs counted from 1."""
         return [{"epoch": epoch, **row} for epoch, row in enumerate(self.history, 1)]
 
-    def forget_checkpoints(self) -> None:
-        """Remove the checkpoints of the way here."""
+    def remove_checkpoints(self) -> None:
+        """Delete the checkpoints of this training."""
         for resume in self.resumes:
             resume.remove()
 
 
-def train_alone(
+def train_from_scratch(
     architecture: Architecture,
     objective: Objective,
     images: Images,
