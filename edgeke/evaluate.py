@@ -1,9 +1,10 @@
 """Stage `evaluate`: the shipped files on the test split, run as the device runs them."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -156,23 +157,12 @@ def _measure(
         shutil.copytree(models / "segments", folder / "models" / "segments")
         copy_device_package(folder)
         np.save(folder / "images.npy", channels_last(test.images))
-        job = Job(
-            models="models",
-            networks=networks,
-            settings=timed,
-            batches=batches,
-            images="images.npy",
-            latency_images=settings.latency_images,
-            deadline_ms=settings.deadline_ms,
-            threads=settings.threads,
-            out="out",
-        )
-        (folder / "job.json").write_text(job.to_json())
-        module = "edgeke.device.measure"
-        run_folder(folder, module, ["job.json"], settings.device, settings.python)
-        out = folder / job.out
-        measured = Measurements.from_json((out / "measurements.json").read_text())
-        with np.load(out / "answers.npz") as archive:
+        images, deadline = settings.latency_images, settings.deadline_ms
+        job = Job(networks, timed, batches, images, deadline, settings.threads)
+        (folder / "job.json").write_text(json.dumps(asdict(job)))
+        run_folder(folder, "edgeke.device.measure", settings.device, settings.python)
+        measured = Measurements.from_json((folder / "out" / "measurements.json").read_text())
+        with np.load(folder / "out" / "answers.npz") as archive:
             return measured, {name: archive[name] for name in archive}
 
 
@@ -183,31 +173,32 @@ def _cascade(
     traces: Mapping[str, Trace],
     labels: NDArray[np.int64],
 ) -> tuple[list[_Result], list[Row]]:
-    """Named points, the other points (the frontier) and exits; and who leaves where.
+    """Named points, exits and all other points (the frontier); and who leaves where.
 
     Errors: InputError when the file left at other exits than its policy says.
     """
-    exits = range(len(policy.macs))
-    probabilities = np.stack([answers[f"{prefix}exit_{exit}"] for exit in exits])
+    exits, votes = len(policy.macs), policy.points[0].votes
+    probabilities = np.stack([answers[f"{prefix}exit_{exit}"] for exit in range(exits)])
     scores = Score(policy.score, policy.score_weights).of(probabilities)
     macs = np.asarray([*policy.macs, policy.macs[-1]], np.float64)  # voted images pay for the last
+    points = [(name, "operating point", p.thresholds, p.votes) for name, p in policy.named.items()]
+    points += [(f"exit_{e}", "exit", force_exit(e, exits), votes) for e in range(exits)]
+    named = {point.name for point in policy.named.values()}
+    others = [point for point in policy.points if point.name not in named]
+    points += [(point.name, "frontier", point.thresholds, point.votes) for point in others]
     results, leavers = [], []
-    named = [(label, "operating point", point) for label, point in policy.named.items()]
-    names = {point.name for _, _, point in named}
-    others = [(p.name, "frontier", p) for p in policy.points if p.name not in names]
-    for label, kind, point in [*named, *others]:
-        outcome = run_cascade(probabilities, scores, point.thresholds, point.votes)
+    for label, kind, thresholds, votes in points:
+        outcome = run_cascade(probabilities, scores, thresholds, votes)
         name, correct = prefix + label, outcome.probabilities.argmax(-1) == labels
         cost = float(macs[outcome.exit].mean())
         results.append(_Result(name, name if kind != "frontier" else "", kind, correct, cost))
+        if name in traces:
+            trace, limits = traces[name], np.asarray(thresholds, np.float32)
+            expected = outcome.exit[: len(trace.exits)]
+            timed = scores[:, : len(expected)]
+            check_exits(np.asarray(trace.exits), expected, timed, limits, _TIE)
         if kind == "operating point":
-            left, limits = np.asarray(traces[name].exits), np.asarray(point.thresholds, np.float32)
-            count = len(left)
-            check_exits(left, outcome.exit[:count], scores[:, :count], limits, _TIE)
-            leavers += _leavers(name, outcome.exit, correct, traces[name], len(exits))
-    for exit in exits:
-        name, correct = f"{prefix}exit_{exit}", probabilities[exit].argmax(-1) == labels
-        results.append(_Result(name, name, "exit", correct, policy.macs[exit]))
+            leavers += _leavers(name, outcome.exit, correct, traces[name], exits)
     return results, leavers
 
 

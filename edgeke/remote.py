@@ -35,8 +35,8 @@ _OPTIONS = {
 }
 
 
-def run_folder(folder: Path, module: str, arguments: list[str], device: str, python: str) -> None:
-    """Run `python -m module arguments` inside `folder`, where it may write below `out`.
+def run_folder(folder: Path, module: str, device: str, python: str) -> None:
+    """Run `python -m module` inside `folder`, where it may write below `out`.
 
     `device` is `local` or `ssh://user@host[:port]`. On a device the folder is copied to a temporary
     place, run with the device's own `python` (`~/` is its user's home), and its `out` copied back.
@@ -44,14 +44,14 @@ def run_folder(folder: Path, module: str, arguments: list[str], device: str, pyt
     """
     (folder / "out").mkdir(exist_ok=True)
     if device == "local":
-        _run([sys.executable, "-m", module, *arguments], "the device process", cwd=folder)
+        _run([sys.executable, "-m", module], "the device process", cwd=folder)
         return
     script = f"""
         folder=$(mktemp -d) || exit 1
         trap 'rm -rf "$folder"' EXIT
         trap 'exit 129' HUP INT TERM
         cd "$folder" && tar -xf - || exit 1
-        {_expandable(python)} -m {shlex.join([module, *arguments])} >/dev/null || exit
+        {_expandable(python)} -m {module} >/dev/null || exit
         {_ECHO}
         tar -C out -cf - .
     """

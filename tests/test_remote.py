@@ -12,10 +12,10 @@ from edgeke.errors import InputError
 from edgeke.remote import _unpack, main, run_folder, ssh_command
 
 MODULE = """
-import json, pathlib, sys
+import json, pathlib
 text = pathlib.Path("image").read_text()
 print("a word on standard output")
-pathlib.Path("out/answer.json").write_text(json.dumps([sys.argv[1], text]))
+pathlib.Path("out/answer.json").write_text(json.dumps(text))
 """
 
 
@@ -35,9 +35,8 @@ def temporary_folders() -> set[Path]:
 def test_a_folder_runs_on_a_device_that_greets_and_comes_back(server, folder):
     """The server prints a greeting at each login, and `python` is in the home of its user."""
     before = temporary_folders()
-    run_folder(folder, "job", ["word; touch /tmp/no"], server, "~/a venv/python")
-    expected = '["word; touch /tmp/no", "an image"]'
-    assert (folder / "out" / "answer.json").read_text() == expected
+    run_folder(folder, "job", server, "~/a venv/python")
+    assert (folder / "out" / "answer.json").read_text() == '"an image"'
     assert temporary_folders() == before
 
 
@@ -46,10 +45,10 @@ def test_the_devices_last_words_are_the_error_and_nothing_stays(server, folder):
         "import os, sys; print('more'); sys.exit('no memory in ' + os.getcwd())"
     )
     with pytest.raises(InputError, match=r"^ssh://\S+ failed: no memory in /\S+$") as caught:
-        run_folder(folder, "job", [], server, sys.executable)
+        run_folder(folder, "job", server, sys.executable)
     assert not Path(str(caught.value).rsplit(" ", 1)[1]).exists()
     with pytest.raises(InputError, match=r"^ssh://\S+ failed: .*No module named missing$"):
-        run_folder(folder, "missing", [], server, sys.executable)
+        run_folder(folder, "missing", server, sys.executable)
 
 
 def test_a_device_is_checked_before_it_is_needed(server, capsys, tmp_path):
@@ -65,10 +64,10 @@ def test_a_device_is_checked_before_it_is_needed(server, capsys, tmp_path):
 
 
 def test_here_it_is_a_process_of_its_own(folder):
-    run_folder(folder, "job", ["word"], "local", "unused")
-    assert (folder / "out" / "answer.json").read_text() == '["word", "an image"]'
+    run_folder(folder, "job", "local", "unused")
+    assert (folder / "out" / "answer.json").read_text() == '"an image"'
     with pytest.raises(InputError, match="device process failed: .*No module named missing"):
-        run_folder(folder, "missing", [], "local", "unused")
+        run_folder(folder, "missing", "local", "unused")
 
 
 def test_addresses():

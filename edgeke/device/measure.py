@@ -1,7 +1,8 @@
 """Measures models where they run: answers, latencies, memory. numpy and onnxruntime only.
 
-Run as a process of its own: python -m edgeke.device.measure JOB.json. It writes `answers.npz` and
-`measurements.json` into the job's output folder.
+Run as a process of its own, python -m edgeke.device.measure, in a folder that holds `job.json`,
+`images.npy` (uint8 `[N, H, W, C]`), `models/` (the bundle and static networks) and an empty `out/`.
+It writes `out/measurements.json` and `out/answers.npz`.
 """
 
 import json
@@ -28,6 +29,7 @@ from edgeke.errors import InputError, report
 
 __all__ = ["Job", "Measurements", "Setting", "Trace", "main", "measure", "peak_memory"]
 
+_MODELS, _OUT = Path("models"), Path("out")
 _BATCH = 250
 _BATCHES = (1, 8, 64)
 _WARM_UP = 10
@@ -53,30 +55,22 @@ class Setting:
 class Job:
     """What to measure; names are those of metrics, such as `int8/default`.
 
-    `models`: the bundle's folder. `networks`: files in it. `settings`: what is timed, the static
-    network `main` among them. `batches`: precision of the default points whose throughput is
-    measured. `images`: uint8 `[N, H, W, C]`, .npy; the first `latency_images` are timed.
-    `deadline_ms`: None means the 95th percentile of `main`. `threads`: the first number is the
-    device's own setting, others are measured as well. `out`: a folder.
+    `networks`: files in `models/`. `settings`: what is timed, the static network `main` among them.
+    `batches`: precision of the default points whose throughput is measured. The first
+    `latency_images` images are timed. `deadline_ms`: None means the 95th percentile of `main`.
+    `threads`: the first number is the device's own setting, others are measured as well.
     """
 
-    models: str
     networks: dict[str, str]
     settings: dict[str, Setting]
     batches: dict[str, str]
-    images: str
     latency_images: int
     deadline_ms: float | None
     threads: tuple[int, ...]
-    out: str
-
-    def to_json(self) -> str:
-        """The text of a job file."""
-        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
-        """Read the text of a job file."""
+        """Read the text of job.json: `asdict` as JSON."""
         content = json.loads(text)
         settings = {name: Setting(**values) for name, values in content.pop("settings").items()}
         return cls(settings=settings, **content)
@@ -102,24 +96,20 @@ class Measurements:
     traces: dict[str, Trace]
     machine: dict[str, str]
 
-    def to_json(self) -> str:
-        """The text of measurements.json."""
-        return json.dumps(asdict(self))
-
     @classmethod
     def from_json(cls, text: str) -> "Measurements":
-        """Read the text of measurements.json."""
+        """Read the text of measurements.json: `asdict` as JSON."""
         content = json.loads(text)
         traces = {name: Trace(**trace) for name, trace in content.pop("traces").items()}
         return cls(traces=traces, **content)
 
 
 def measure(job: Job) -> tuple[Measurements, dict[str, NDArray[np.float32]]]:
-    """Run a job; returns the measurements, and first outputs `[N, K]` by setting.
+    """Run a job in this folder; returns the measurements, and first outputs `[N, K]` by setting.
 
     Errors: InputError for a damaged file.
     """
-    images: _Images = np.load(job.images)
+    images: _Images = np.load("images.npy")
     timed = _parts(images[: job.latency_images], 1)
     first, *others = job.threads
     runs = _open(job, first)
@@ -130,7 +120,8 @@ def measure(job: Job) -> tuple[Measurements, dict[str, NDArray[np.float32]]]:
         metrics |= _summaries(more, job.deadline_ms, f"threads_{threads}/")
     metrics |= _throughput(job, runs, images)
     for name, file in job.networks.items():
-        metrics |= {f"{name}/{key}": value for key, value in _alone(job, file).items()}
+        needs = _alone(_MODELS / file, first)
+        metrics |= {f"{name}/{key}": value for key, value in needs.items()}
     traces, answers = {}, {}
     for name, setting in job.settings.items():
         if setting.inputs:
@@ -140,7 +131,7 @@ def measure(job: Job) -> tuple[Measurements, dict[str, NDArray[np.float32]]]:
             parts = _parts(images, 1 if setting.inputs else _BATCH)
             answers[name] = np.concatenate([runs[name](part)[0] for part in parts])
     machine = {
-        "processor": Conditions.here(Path(job.models), (), first).machine,
+        "processor": Conditions.here(_MODELS, (), first).machine,
         "system": platform.platform(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
@@ -151,8 +142,7 @@ def measure(job: Job) -> tuple[Measurements, dict[str, NDArray[np.float32]]]:
 
 def _open(job: Job, threads: int) -> dict[str, _Run]:
     """Every setting as a function of images `[N, H, W, C]`; N is 1 where there are thresholds."""
-    folder = Path(job.models)
-    sessions = {name: open_session(folder / file, threads) for name, file in job.networks.items()}
+    sessions = {name: open_session(_MODELS / file, threads) for name, file in job.networks.items()}
 
     def run(session: Any, inputs: Mapping[str, Any], images: _Images) -> Any:
         return session.run(None, {"image": images, **inputs})
@@ -198,7 +188,7 @@ def _throughput(job: Job, runs: Mapping[str, _Run], images: _Images) -> dict[str
     """Images per second in batches, of static networks and of default points."""
     batched = {name: run for name, run in runs.items() if not job.settings[name].inputs}
     for name, precision in job.batches.items():
-        batched[name] = Classifier(job.models, precision, job.threads[0]).predict_batch
+        batched[name] = Classifier(_MODELS, precision, job.threads[0]).predict_batch
     metrics = {}
     for size in _BATCHES:
         count = -(-job.latency_images // size)
@@ -209,15 +199,14 @@ def _throughput(job: Job, runs: Mapping[str, _Run], images: _Images) -> dict[str
     return metrics
 
 
-def _alone(job: Job, file: str) -> dict[str, float]:
+def _alone(file: Path, threads: int) -> dict[str, float]:
     """A file's size, and what a fresh process needs to load and to run it."""
-    path = str(Path(job.models) / file)
-    command = [sys.executable, "-m", "edgeke.device.measure", "--alone", path, str(job.threads[0])]
+    command = [sys.executable, "-m", "edgeke.device.measure", "--alone", str(file), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InputError(f"{path} cannot be run alone: {done.stderr.strip()}")
+        raise InputError(f"{file} cannot be run alone: {done.stderr.strip()}")
     needs: dict[str, float] = json.loads(done.stdout)
-    return {"file_mib": Path(path).stat().st_size / 2**20, **needs}
+    return {"file_mib": file.stat().st_size / 2**20, **needs}
 
 
 def _run_alone(path: Path, threads: int) -> dict[str, float]:
@@ -247,17 +236,16 @@ def peak_memory() -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The process: a job file, or `--alone FILE THREADS`. Returns 0, or 1 after an error."""
+    """The process: the job, or `--alone FILE THREADS`. Returns 0, or 1 after an error."""
     try:
-        if arguments[0] == "--alone":
+        if arguments:
             print(json.dumps(_run_alone(Path(arguments[1]), int(arguments[2]))))
             return 0
-        job = Job.from_json(Path(arguments[0]).read_text())
-        measurements, answers = measure(job)
+        measurements, answers = measure(Job.from_json(Path("job.json").read_text()))
     except InputError as error:
         return report(error)
-    np.savez(Path(job.out) / "answers.npz", **answers)  # type: ignore[arg-type]
-    (Path(job.out) / "measurements.json").write_text(measurements.to_json())
+    np.savez(_OUT / "answers.npz", **answers)  # type: ignore[arg-type]
+    (_OUT / "measurements.json").write_text(json.dumps(asdict(measurements)))
     return 0
 
 
