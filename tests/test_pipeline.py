@@ -61,7 +61,7 @@ def test_a_second_repro_does_nothing(clone: Path):
 def test_the_plots_draw(clone: Path):
     shown = json.loads(run(clone, "dvc", "plots", "show", "--json"))
     assert shown.get("errors") in (None, [])
-    names = {"training loss", "training accuracy", "accuracy against cost", "exit shares"}
+    names = {"training loss", "accuracy against cost", "exit shares"}
     assert set(shown["data"]) == names | {"reliability"}
     frontier = shown["data"]["accuracy against cost"][0]["content"]["data"]["values"]
     assert {"full", "exit_0", "main", "teacher"} <= {row["name"] for row in frontier}
