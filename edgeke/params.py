@@ -355,10 +355,6 @@ class Profile:
     augmentation: CropAndFlip
     recipes: Recipes
 
-    def __post_init__(self) -> None:
-        fits = self.augmentation.crop_padding < self.data.image_size
-        _use(fits, "an augmentation.crop_padding below data.image_size")
-
 
 @dataclass(frozen=True, config=_CONFIG)
 class Recipe:
@@ -409,7 +405,17 @@ class _File(_Shared):
 
     profile: str
     augmentation: Mixing
-    profiles: Annotated[dict[_Name, Profile], Field(min_length=1)]
+    profiles: dict[_Name, Profile]
+
+    def __post_init__(self) -> None:
+        if self.profile not in self.profiles:
+            known = ", ".join(self.profiles) or "those that you add to `profiles`"
+            raise InputError(f"profile = {self.profile} is unknown; use one of {known}")
+        for name, profile in self.profiles.items():
+            padding, side = profile.augmentation.crop_padding, profile.data.image_size
+            if padding >= side:
+                key = f"profiles.{name}.augmentation.crop_padding"
+                raise InputError(f"{key} = {padding}; pad by less than the image's side, {side}")
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -453,13 +459,10 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
         file = TypeAdapter(_File).validate_python(content)
     except ValidationError as error:
         raise InputError(f"{where}: {_message(error, content)}") from None
-    name, profiles = file.profile, file.profiles
-    if name not in profiles:
-        raise InputError(f"{where}: profile = {name} is unknown; use one of {', '.join(profiles)}")
+    profile = file.profiles[file.profile]
     shared = {field.name: getattr(file, field.name) for field in dataclasses.fields(_Shared)}
-    both = (profiles[name].augmentation, file.augmentation)
-    augmentation = Augmentation(**{k: v for part in both for k, v in vars(part).items()})
-    params = Params(**shared, profile_name=name, profile=profiles[name], augmentation=augmentation)
+    augmentation = Augmentation(**vars(profile.augmentation), **vars(file.augmentation))
+    params = Params(**shared, profile_name=file.profile, profile=profile, augmentation=augmentation)
     try:
         _check_exits(params)
     except ValueError as error:
