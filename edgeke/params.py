@@ -439,11 +439,10 @@ def load(path: Path = Path("params.yaml")) -> Params:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run in the repository's root, where it is") from None
-    except (YAMLError, RecursionError) as error:
+    except (OSError, YAMLError, RecursionError, ValueError) as error:
+        # ValueError: no UTF-8, or thousands of digits. ruamel's advice for programmers is cut off.
         reason = " ".join(str(error).partition("To suppress this check")[0].split())
-        raise InputError(f"{path} is not valid YAML ({reason}); correct it") from None
-    except (OSError, ValueError) as error:  # not UTF-8, or a number of thousands of digits
-        raise InputError(f"{path} cannot be read ({error}); correct it") from None
+        raise InputError(f"{path} cannot be read as YAML ({reason}); correct it") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold sections such as `kd:`, not {_shown(content)}")
     return parse(content, str(path))

@@ -181,14 +181,14 @@ def test_flatten_names_every_value_once(content):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("kd:", "kd: [", "not valid YAML"),
+        ("kd:", "kd: [", "cannot be read as YAML"),
         ("seed: 0", "seed: 0\nseed: 1", 'duplicate key "seed"'),
         ("seed: 0", "seed: 1:30", 'seed = "1:30"'),  # 90 in YAML 1.1, text for DVC
-        ("seed: 0", f"seed: {'9' * 5000}", "cannot be read"),
-        ("beta: 0.5", f"beta: {'[' * 5000}", "not valid YAML"),
+        ("seed: 0", f"seed: {'9' * 5000}", "cannot be read as YAML"),
+        ("beta: 0.5", f"beta: {'[' * 5000}", "cannot be read as YAML"),
         ("beta: 0.5", "beta: &a [*a]", "kd.beta"),
-        ("beta: 0.5", "beta: !!python/object/apply:os.getcwd []", "not valid YAML"),
-        ("beta: 0.5", "beta: \ud800", "cannot be read"),
+        ("beta: 0.5", "beta: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
+        ("beta: 0.5", "beta: \ud800", "cannot be read as YAML"),
     ],
 )
 def test_a_broken_file_is_refused_in_words(tmp_path: Path, old, new, words):
