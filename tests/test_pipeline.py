@@ -24,7 +24,7 @@ def test_every_stage_wrote_what_it_promises(clone: Path):
         folder = clone / "results" / stage
         assert (folder / "metrics.json").is_file()
         assert (folder / "run.json").is_file()
-    for name in ("teacher.json", "branches/2.safetensors", "edgeke.onnx", "static/main.onnx"):
+    for name in ("teacher.json", "branches/2.safetensors", "edgeke.onnx", "static/plain.onnx"):
         assert (clone / "models" / name).is_file()
     assert metrics(clone, "evaluate")["test/full/accuracy"] > 0.3  # ten classes
     assert list(clone.glob("**/.*.tmp")) == []
@@ -48,7 +48,7 @@ def test_mlflow_and_the_metrics_files_agree(clone: Path):
         assert {k: logged[k] for k in written} == pytest.approx(written)
     measured = metrics(clone, "evaluate")
     headline = first.data.metrics
-    assert headline["test/exit_2/accuracy"] == measured["test/exit_2/accuracy"]
+    assert headline["test/default/accuracy"] == measured["test/default/accuracy"]
     assert "test/default/latency_ms_mean" in headline
 
 
@@ -101,7 +101,7 @@ def test_restored_stages_are_not_run_and_the_parent_links_their_runs(clone: Path
         for stage in STAGES
         if stage != "evaluate"
     }
-    accuracy = "test/exit_2/accuracy"
+    accuracy = "test/default/accuracy"
     assert third.data.metrics[accuracy] == first.data.metrics[accuracy]
 
 
