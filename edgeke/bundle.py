@@ -1,4 +1,4 @@
-"""Packs what a device needs into one folder and one zip: model, policy, segments, device room.
+"""Packs what a device needs into one folder and one zip: models, segments, `edgeke.device`.
 
 Run from the repository's root: python -m edgeke.bundle (or `make bundle`).
 """
@@ -16,8 +16,9 @@ from edgeke.files import replacing
 
 __all__ = ["copy_device_package", "main", "make_bundle"]
 
-_TITLE = "# EdgeKE bundle"
-_README = f"""{_TITLE}
+# The list of the bundle's own files: whatever else is in the folder belongs to the user.
+_CONTENTS = "CONTENTS.txt"
+_README = """# EdgeKE bundle
 
 On the device (Python 3.11 or newer): pip install numpy onnxruntime, and pillow for pictures
 In this folder: python -m edgeke.device info .  (then: profile, predict, benchmark)
@@ -28,28 +29,35 @@ In Python: from edgeke.device.classifier import Classifier; Classifier(".").pred
 def make_bundle(models: Path, folder: Path) -> Path:
     """Write the bundle `folder` and `folder.zip` beside it; return the zip.
 
-    Everything is written to a temporary name first. An older bundle is replaced; measured profiles
-    stay behind, since they belong to one machine. Errors: InputError when `models` holds no model,
-    or `folder` is something else than a bundle.
+    Everything is written to a temporary name first. The files of an older bundle are replaced;
+    others in the folder, such as pictures and a measured profile.json, stay, and are not in the
+    zip. Errors: InputError, with nothing changed, when `models` holds no model or `folder` is no
+    bundle.
     """
     networks = sorted(models.glob("edgeke*.onnx"))
     if not networks:
         raise InputError(f"{models} holds no edgeke*.onnx; build the model first: `dvc repro`")
-    _check_replaceable(folder)
+    old = _own_files(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _fill(temporary, models, networks)
+        new = sorted(p.relative_to(temporary) for p in temporary.rglob("*") if p.is_file())
+        (temporary / _CONTENTS).write_text("".join(f"{path.as_posix()}\n" for path in new))
+        new.append(Path(_CONTENTS))
+        for path in new:
+            if path not in old and (folder / path).exists():
+                raise InputError(f"{folder / path} is not the bundle's and in its way; move it")
         archive = folder.with_name(f"{folder.name}.zip")
         with (
             replacing(archive) as partial,
-            zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file,
+            # A clock without battery says 1970; zip knows no time before 1980.
+            zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as file,
         ):
-            for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
-                file.write(path, Path(folder.name) / path.relative_to(temporary))
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+            for path in new:
+                file.write(temporary / path, Path(folder.name) / path)
+        _replace(folder, temporary, old, new)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return archive
@@ -66,18 +74,39 @@ def copy_device_package(folder: Path) -> Path:
     return target
 
 
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    readme = folder / "README.md"
-    if not readme.is_file() or not readme.read_text().startswith(_TITLE):
-        raise InputError(f"{folder} is there and is no bundle; remove it or choose another folder")
+def _own_files(folder: Path) -> set[Path]:
+    """The relative paths of an older bundle's files; none where there is no folder.
+
+    Errors: InputError when the folder is something else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return set()
+    try:
+        lines = (folder / _CONTENTS).read_text().splitlines()
+    except (OSError, ValueError):
+        raise InputError(
+            f"{folder} is there and is no bundle: it has no {_CONTENTS}; remove it or choose "
+            "another folder"
+        ) from None
+    paths = {Path(_CONTENTS), *map(Path, lines)}
+    return {path for path in paths if not path.is_absolute() and ".." not in path.parts}
+
+
+def _replace(folder: Path, source: Path, old: set[Path], new: Sequence[Path]) -> None:
+    """Move the new files from `source`, and remove those of the old that are no more."""
+    for path in new:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).replace(folder / path)
+    for path in old - set(new):
+        (folder / path).unlink(missing_ok=True)
+        for parent in list(path.parents)[:-1]:
+            if (folder / parent).is_dir() and not any((folder / parent).iterdir()):
+                (folder / parent).rmdir()
 
 
 def _fill(target: Path, models: Path, networks: Sequence[Path]) -> None:
-    package = Path(__file__).parent
     target.mkdir()
-    for file in [*networks, *sorted(models.glob("policy*.json"))]:
+    for file in networks:
         shutil.copyfile(file, target / file.name)
     for manifest in sorted((models / "segments").glob("*/segments.json")):
         precision = target / "segments" / manifest.parent.name
@@ -85,7 +114,7 @@ def _fill(target: Path, models: Path, networks: Sequence[Path]) -> None:
         for file in [manifest, *sorted(manifest.parent.glob("*.onnx"))]:
             shutil.copyfile(file, precision / file.name)
     copy_device_package(target)
-    licence = package.parent / "LICENSE"
+    licence = Path(__file__).parents[1] / "LICENSE"
     if licence.is_file():
         shutil.copyfile(licence, target / licence.name)
     (target / "README.md").write_text(_README)
@@ -96,12 +125,12 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m edgeke.bundle", description=main.__doc__)
     parser.add_argument("--models", type=Path, default=Path("models"), help="default: models")
     parser.add_argument("--out", type=Path, default=Path("bundle"), help="default: bundle")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        archive = make_bundle(asked.models, asked.out)
+        archive = make_bundle(options.models, options.out)
     except InputError as error:
         return report(error)
-    print(f"{asked.out}/ and {archive} ({archive.stat().st_size / 2**20:.1f} MiB)")
+    print(f"{options.out}/ and {archive} ({archive.stat().st_size / 2**20:.1f} MiB)")
     return 0
 
 

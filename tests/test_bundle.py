@@ -1,3 +1,5 @@
+import os
+import shutil
 import subprocess
 import zipfile
 
@@ -14,7 +16,7 @@ def models(tmp_path):
     """A models folder with everything the pipeline leaves there, in a few bytes."""
     folder = tmp_path / "models"
     for name in (
-        "edgeke.onnx", "edgeke.int8.onnx", "policy.json", "policy.int8.json", "profile.json",
+        "edgeke.onnx", "edgeke.int8.onnx", "profile.json",
         "teacher.safetensors", "logits.safetensors", "static/main.onnx", "branches/0.json",
         "segments/segments.json", "segments/fp32/segments.json", "segments/fp32/0.onnx",
         "segments/int8/segments.json", "segments/int8/0.onnx", "segments/int8/profile.json",
@@ -31,14 +33,14 @@ def files(folder):
 def test_a_bundle_holds_what_a_device_needs_and_no_more(models, tmp_path):
     archive = make_bundle(models, tmp_path / "out" / "bundle")
     found = files(tmp_path / "out" / "bundle")
-    room = {name for name in found if name.startswith("edgeke/")}
-    assert found - room == {
-        "edgeke.onnx", "edgeke.int8.onnx", "policy.json", "policy.int8.json", "README.md",
-        "LICENSE", "segments/fp32/segments.json", "segments/fp32/0.onnx",
+    package = {name for name in found if name.startswith("edgeke/")}
+    assert found - package == {
+        "edgeke.onnx", "edgeke.int8.onnx", "README.md", "LICENSE", "CONTENTS.txt",
+        "segments/fp32/segments.json", "segments/fp32/0.onnx",
         "segments/int8/segments.json", "segments/int8/0.onnx",
     }  # fmt: skip
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "edgeke" / "device").glob("*.py")}
-    assert room == {"edgeke/__init__.py", "edgeke/errors.py", *expected}
+    assert package == {"edgeke/__init__.py", "edgeke/errors.py", *expected}
     assert len((tmp_path / "out" / "bundle" / "README.md").read_text().splitlines()) == 5
     with zipfile.ZipFile(archive) as packed:
         assert set(packed.namelist()) == {f"bundle/{name}" for name in found}
@@ -46,17 +48,52 @@ def test_a_bundle_holds_what_a_device_needs_and_no_more(models, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"bundle", "bundle.zip"}
 
 
-def test_an_older_bundle_is_replaced_and_nothing_else(models, tmp_path):
-    make_bundle(models, tmp_path / "bundle")
+def test_an_older_bundle_is_replaced_and_the_users_files_stay(models, tmp_path):
+    """The README sends people there: pictures, and the profile that was measured."""
+    folder = tmp_path / "bundle"
+    make_bundle(models, folder)
+    mine = ("photo.png", "profile.json", "segments/notes.txt")
+    for name in mine:
+        (folder / name).write_text(name)
     (models / "edgeke.int8.onnx").unlink()
-    make_bundle(models, tmp_path / "bundle")
-    assert "edgeke.int8.onnx" not in files(tmp_path / "bundle")
+    shutil.rmtree(models / "segments" / "int8")
+    (models / "edgeke.onnx").write_text("new")
+    archive = make_bundle(models, folder)
+    assert (folder / "edgeke.onnx").read_text() == "new"
+    assert not (folder / "segments" / "int8").exists()
+    found = files(folder)
+    assert "edgeke.int8.onnx" not in found
+    assert set(mine) < found
+    with zipfile.ZipFile(archive) as packed:
+        assert {f"bundle/{name}" for name in found - set(mine)} == set(packed.namelist())
+
+
+def test_nothing_of_the_users_is_overwritten(models, tmp_path):
     before = files(models)
-    with pytest.raises(InputError, match="models is there and is no bundle"):
-        make_bundle(models, models)
-    with pytest.raises(InputError, match="is no bundle"):
-        make_bundle(models, ROOT)
+    for folder in (models, ROOT):
+        with pytest.raises(InputError, match=r"is there and is no bundle: it has no CONTENTS\.txt"):
+            make_bundle(models, folder)
     assert files(models) == before
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    make_bundle(models, folder)
+    (models / "edgeke.big.onnx").write_text("new")
+    (folder / "edgeke.big.onnx").write_text("mine")
+    with pytest.raises(InputError, match=r"edgeke\.big\.onnx is not the bundle's and in its way"):
+        make_bundle(models, folder)
+    assert (folder / "edgeke.big.onnx").read_text() == "mine"
+
+
+def test_a_clock_that_says_1970_is_no_obstacle(models, tmp_path, monkeypatch):
+    copy = shutil.copyfile
+
+    def copy_in_1970(source, target, **options):
+        copy(source, target, **options)
+        os.utime(target, (100, 100))
+
+    monkeypatch.setattr(shutil, "copyfile", copy_in_1970)
+    with zipfile.ZipFile(make_bundle(models, tmp_path / "bundle")) as packed:
+        assert packed.getinfo("bundle/edgeke.onnx").date_time[0] == 1980
 
 
 def test_without_a_model_the_remedy_is_named(tmp_path, capsys):
@@ -70,7 +107,7 @@ def test_a_failure_leaves_the_old_bundle(models, tmp_path, monkeypatch):
     make_bundle(models, tmp_path / "bundle")
     before = files(tmp_path)
 
-    def full(*of: object, **more: object) -> None:
+    def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(bundle.zipfile.ZipFile, "write", full)
