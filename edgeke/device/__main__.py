@@ -1,5 +1,6 @@
 """python -m edgeke.device: see `edgeke.device.cli`."""
 
+import signal
 import sys
 
 from edgeke.device.cli import main
@@ -7,4 +8,6 @@ from edgeke.device.cli import main
 __all__: list[str] = []
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `info . | head -1`: end quietly, as other commands do
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,5 @@
 """The classifier of a device: requirements in, answers out. Safe to share between threads."""
 
-import functools
 import threading
 import time
 import warnings
@@ -30,6 +29,10 @@ from edgeke.errors import InputError
 __all__ = ["Classifier", "Prediction"]
 
 _PROFILE = "profile.json"
+# The first request for a latency waits this long at most; `profile` may be given more time.
+_FIRST_SECONDS = 5.0
+_ROUNDS = 200
+_PLANS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +41,8 @@ class Prediction:
 
     `label` indexes the classes, `class_name` is its name, `probabilities` float32 `[K]` are
     calibrated. `exit` is where the image left (0..E, E = voted). `latency_ms` is the time from the
-    call until this answer was there (in a stream: from the first answer being asked for). `point`
-    is the operating point used; None in a stream, which has none.
+    call until this answer was ready, checks and a first profile included (in a stream: from the
+    first answer being requested). `point` is the operating point used; None in a stream.
     """
 
     label: int
@@ -62,11 +65,11 @@ class _Plan:
 class Classifier:
     """Answers images within requirements given per call.
 
-    Images are uint8 `[H, W, C]` of the model's size, or `[H, W]` where C is 1. Requirements are
-    `mean_latency_ms` (the mean over many images), `deadline_ms` (each image: exits whose 95th
-    percentile is later are left out), `min_accuracy` and `max_degradation` (as promised, see
-    docs/promises.md); any of them together, or none for the policy's default point. Several
-    threads may share one classifier.
+    Images are uint8 `[H, W, C]` of the model's size, RGB or grey, or `[H, W]` where C is 1.
+    Requirements are `mean_latency_ms` (the mean over many images), `deadline_ms` (each image:
+    exits whose 95th percentile is later are left out), `min_accuracy` and `max_degradation` (as
+    promised, see docs/promises.md) with `delta`, the risk that a promise fails; any of them
+    together, or none for the policy's default point. Several threads may share one classifier.
     """
 
     def __init__(self, path: str | Path, precision: str | None = None, threads: int = 1) -> None:
@@ -75,8 +78,8 @@ class Classifier:
         In a folder int8 is preferred where present; `precision` (`int8`, `fp32`) decides.
         Errors: InputError when a file is missing, damaged or no model of EdgeKE.
         """
-        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 0:
-            raise InputError(f"threads = {threads!r} must be 0 (all cores) or a positive integer")
+        if type(threads) is not int or not 0 <= threads <= 1024:
+            raise InputError(f"threads = {threads!r} must be 0 (all cores), or 1 to 1024")
         self.bundle = find_bundle(Path(path), precision)
         self.threads = threads
         self._session = open_session(self.bundle.model, threads)
@@ -87,29 +90,28 @@ class Classifier:
         self.bits = self._carried.bits
         self._segments: Segments | None = None
         self._opening, self._profiling = threading.Lock(), threading.Lock()
-        self._warned = False
         self._profile_path = self.bundle.model.parent / _PROFILE
         self._conditions = Conditions.here(self.bundle.model, self.policy.macs, threads)
         self._measured = read_profile(self._profile_path, self._conditions)
         # Choosing takes as long as answering a small image; requests repeat.
-        self._chosen = functools.lru_cache(maxsize=64)(self._choose)
+        self._plans: dict[tuple[Request, Profile | None], _Plan] = {}
 
     @property
     def measured(self) -> Profile | None:
         """What this device's costs were measured to be; None before anything was."""
         return self._measured
 
-    def profile(self, rounds: int = 200) -> Profile:
+    def profile(self, rounds: int = _ROUNDS, seconds: float = 30.0) -> Profile:
         """Measure what each exit costs here, keep it beside the model, and use it from now on.
 
         Every exit is forced in turn on noise, through the one file: warm-up, then up to `rounds`
-        interleaved rounds (on a slow device fewer, at least 20), medians and 95th percentiles,
-        made strictly increasing. `profile.json` holds one entry per file, threads, onnxruntime and
+        interleaved rounds in about `seconds` in all (at least one), medians and 95th percentiles,
+        made strictly increasing. `profile.json` has one entry per file, threads, onnxruntime and
         machine; where it cannot be written, a warning says so and the costs stay in memory.
         Errors: InputError for fewer than one round.
         """
         with self._profiling:
-            return self._measure(rounds)
+            return self._measure(rounds, seconds)
 
     def predict(
         self,
@@ -118,16 +120,17 @@ class Classifier:
         deadline_ms: float | None = None,
         min_accuracy: float | None = None,
         max_degradation: float | None = None,
+        delta: float | None = None,
     ) -> Prediction:
         """Answer one image within the requirements.
 
-        The first call that asks for a latency measures the device (see `profile`), where nothing
-        was measured yet. Errors: UnmetError naming the nearest attainable value; InputError for an
-        image or a requirement that makes no sense.
+        The first call that asks for a latency measures the device for about five seconds, where
+        nothing was measured yet (see `profile`). Errors: UnmetError naming the nearest attainable
+        value; InputError for an image or a requirement that makes no sense.
         """
-        pixels = check_image(image, self.image_shape)
-        plan = self._plan(Request(mean_latency_ms, deadline_ms, min_accuracy, max_degradation))
         started = time.perf_counter()
+        pixels = check_image(image, self.image_shape)
+        plan = self._plan(mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta)
         probabilities, exit = self._run(pixels, plan.thresholds, plan.votes)
         return self._prediction(probabilities, exit, time.perf_counter() - started, plan.point)
 
@@ -138,35 +141,43 @@ class Classifier:
         deadline_ms: float | None = None,
         min_accuracy: float | None = None,
         max_degradation: float | None = None,
+        delta: float | None = None,
     ) -> list[Prediction]:
         """Answer images `[N, H, W, C]`, or a list of images, as `predict` answers each.
 
         Only images that an exit was not sure of go on to the next, so a batch costs the sum of
-        what its images need; memory grows with N. Requirements are those of an image alone:
-        `latency_ms` counts from the call until an answer was there, and a deadline is not promised
-        for a batch. Without segments the images are answered one by one, and a warning says so
-        once. Errors: as `predict`.
+        what its images need; memory grows with N. Requirements are those of an image alone: a
+        deadline is not promised for a batch. Without segments the images are answered one by one,
+        and a warning says so. Errors: as `predict`.
         """
-        pixels = check_images(images, self.image_shape)
-        plan = self._plan(Request(mean_latency_ms, deadline_ms, min_accuracy, max_degradation))
-        segments = self.open_segments() if len(pixels) else None
         started = time.perf_counter()
+        pixels = check_images(images, self.image_shape)
+        plan = self._plan(mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta)
+        segments = self.open_segments() if len(pixels) else None
         if segments is not None:
-            found = segments.answer(pixels, plan.point.thresholds, plan.point.votes)
-            rows = zip(found.probabilities, found.exit.tolist(), found.seconds, strict=True)
+            before = time.perf_counter() - started
+            answered = segments.answer(pixels, plan.point.thresholds, plan.point.votes)
+            seconds = before + answered.seconds
+            rows = zip(answered.probabilities, answered.exit.tolist(), seconds, strict=True)
             return [self._prediction(p, e, float(s), plan.point) for p, e, s in rows]
-        self._warn_once(len(pixels))
+        if len(pixels) > 1:  # Python shows it once for each line that calls
+            warnings.warn(
+                f"there are no segments beside {self.bundle.model}: a batch is answered image by "
+                "image; give the bundle folder, with segments/ in it, for faster batches",
+                stacklevel=2,
+            )
         answers = []
         for image in pixels:
             probabilities, exit = self._run(image, plan.thresholds, plan.votes)
-            seconds = time.perf_counter() - started
-            answers.append(self._prediction(probabilities, exit, seconds, plan.point))
+            answers.append(
+                self._prediction(probabilities, exit, time.perf_counter() - started, plan.point)
+            )
         return answers
 
     def stream(self, image: Any) -> Iterator[Prediction]:
         """Each exit's answer for one image as soon as it is ready, shallow to deep.
 
-        The next exit runs only when the next answer is asked for: stop at your own deadline, or
+        The next exit runs only when the next answer is requested: stop at your own deadline, or
         when an answer is sure enough. Errors: InputError without segments, or for an image that
         does not fit, before anything runs.
         """
@@ -187,14 +198,17 @@ class Classifier:
     def forced(self, exit: int) -> Callable[[Any], Prediction]:
         """A function that answers an image as `predict` does, but always leaves at `exit`.
 
-        For measuring; E itself means the vote.
+        For measuring; E itself means the vote. Errors: InputError for another number.
         """
-        thresholds = np.asarray(force_exit(exit, len(self.policy.macs)), np.float32)
+        exits = len(self.policy.macs)
+        if exit not in range(exits + 1):
+            raise InputError(f"exit = {exit!r} must be 0 to {exits - 1}, or {exits} for the vote")
+        thresholds = np.asarray(force_exit(exit, exits), np.float32)
         votes = np.asarray(self.policy.points[0].votes, np.float32)
 
         def run(image: Any) -> Prediction:
-            pixels = check_image(image, self.image_shape)
             started = time.perf_counter()
+            pixels = check_image(image, self.image_shape)
             probabilities, left = self._run(pixels, thresholds, votes)
             return self._prediction(probabilities, left, time.perf_counter() - started, None)
 
@@ -231,52 +245,40 @@ class Classifier:
         label = int(probabilities.argmax())
         return Prediction(label, self.classes[label], probabilities, exit, seconds * 1e3, point)
 
-    def _measure(self, rounds: int = 200) -> Profile:
+    def _measure(self, rounds: int, seconds: float) -> Profile:
         noise = np.random.default_rng(0).integers(0, 256, self.image_shape, np.uint8)
         exits = len(self.policy.macs)
         runs = [self.forced(exit) for exit in range(exits)]
-        measured = measure_costs(lambda exit: runs[exit](noise), exits, rounds)
+        measured = measure_costs(lambda exit: runs[exit](noise), exits, rounds, seconds)
         self._measured = measured
         write_profile(self._profile_path, self._conditions, measured)
         return measured
 
-    def _plan(self, request: Request) -> _Plan:
-        if _timed(request) and self._measured is None:
-            with self._profiling:
-                if self._measured is None:  # another thread may have been here
-                    self._measure()
-        return self._chosen(request, self._measured)
-
-    def _choose(self, request: Request, measured: Profile | None) -> _Plan:
-        costs = measured.median_ms if measured else self.policy.macs
-        words = (
-            " (cost and deadline are milliseconds on this device: mean_latency_ms, deadline_ms)"
-            if _timed(request)
-            else ""
-        )
+    def _plan(
+        self, mean_latency_ms: float | None, deadline_ms: float | None, *promised: float | None
+    ) -> _Plan:
+        timed = mean_latency_ms is not None or deadline_ms is not None
+        words = " (costs are milliseconds here: mean_latency_ms, deadline_ms)" if timed else ""
         try:
-            point = choose(self.policy, request, costs, measured.p95_ms if measured else None)
+            request = Request(mean_latency_ms, deadline_ms, *promised)
+            if timed and self._measured is None:
+                with self._profiling:
+                    if self._measured is None:  # another thread may have been here
+                        self._measure(_ROUNDS, _FIRST_SECONDS)
+            return self._planned(request, self._measured)
         except UnmetError as error:
             raise UnmetError(f"{error}{words}", error.nearest) from None
         except InputError as error:
             raise InputError(f"{error}{words}") from None
-        limits, votes = (
-            np.asarray(point.thresholds, np.float32),
-            np.asarray(point.votes, np.float32),
-        )
-        return _Plan(point, limits, votes)
 
-    def _warn_once(self, images: int) -> None:
-        with self._opening:
-            if self._warned or images < 2:
-                return
-            self._warned = True
-        warnings.warn(
-            f"there are no segments beside {self.bundle.model}: a batch is answered image by "
-            "image; give the bundle folder, with segments/ in it, for faster batches",
-            stacklevel=3,
-        )
-
-
-def _timed(request: Request) -> bool:
-    return request.mean_cost is not None or request.deadline is not None
+    def _planned(self, request: Request, measured: Profile | None) -> _Plan:
+        plan = self._plans.get((request, measured))
+        if plan is None:
+            costs, worst = (measured.median_ms, measured.p95_ms) if measured else (None, None)
+            point = choose(self.policy, request, costs or self.policy.macs, worst)
+            thresholds, votes = (np.asarray(v, np.float32) for v in (point.thresholds, point.votes))
+            plan = _Plan(point, thresholds, votes)
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[request, measured] = plan
+        return plan

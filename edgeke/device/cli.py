@@ -4,15 +4,17 @@ python -m edgeke.device {info,profile,predict,benchmark} PATH
 """
 
 import argparse
+import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from edgeke.device.benchmark import benchmark
 from edgeke.device.bundle import PRECISIONS
 from edgeke.device.classifier import Classifier
-from edgeke.device.decode import read_image
+from edgeke.device.decode import BITS, read_image
 from edgeke.device.profile import Profile
 from edgeke.errors import InputError, report
 
@@ -20,20 +22,25 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command. Returns 0, or 1 with the error in one line on standard error."""
-    asked = _parser().parse_args(arguments)
+    """Run a command. Returns 0, or 1 with each error in one line on standard error."""
+    options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        classifier = Classifier(asked.path, asked.precision, asked.threads)
-        if asked.command == "info":
+        classifier = Classifier(options.path, options.precision, options.threads)
+        if options.command == "info":
             _info(classifier)
-        elif asked.command == "profile":
-            _print_profile(classifier, classifier.profile(asked.rounds))
-        elif asked.command == "predict":
-            _predict(classifier, asked)
+        elif options.command == "profile":
+            _print_profile(classifier, classifier.profile(options.rounds))
+        elif options.command == "predict":
+            return _predict(classifier, options)
         else:
-            _benchmark(classifier, asked.rounds)
+            _benchmark(classifier, options.rounds)
     except InputError as error:
         return report(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -60,13 +67,14 @@ def _parser() -> argparse.ArgumentParser:
         "--deadline-ms": "for every image: leaves exits out that are too late",
         "--min-accuracy": "promised, such as 0.97",
         "--max-degradation": "promised, such as 0.03",
+        "--delta": "the risk that a promise fails, such as 0.1",
     }.items():
         predict.add_argument(name, type=float, help=words)
     predict.add_argument("--json", action="store_true", help="one JSON line per image")
-    rival = commands.add_parser(
+    timed = commands.add_parser(
         "benchmark", parents=[shared], help="exits, stream and batches timed against each other"
     )
-    rival.add_argument("--rounds", type=int, default=200)
+    timed.add_argument("--rounds", type=int, default=200)
     return parser
 
 
@@ -75,7 +83,10 @@ def _info(classifier: Classifier) -> None:
     height, width, channels = classifier.image_shape
     print(f"model      {bundle.model}, precision {bundle.precision or 'unknown'}")
     print(f"segments   {bundle.segments or 'none: no stream, batches image by image'}")
-    print(f"image      uint8 [{height}, {width}, {channels}]")
+    colour = "grey" if channels == 1 else "RGB"
+    print(f"image      uint8 {colour}, {height} x {width} (height x width), [H, W, {channels}]")
+    if classifier.bits != BITS:
+        print(f"pictures   of 16 bits are taken to have {classifier.bits} significant bits")
     print(f"classes    {len(classifier.classes)}: {', '.join(classifier.classes)}")
     print(f"score      {policy.score}, promises from {policy.samples} calibration images")
     if classifier.measured is None:
@@ -106,37 +117,46 @@ def _print_costs(measured: Profile) -> None:
         print(f"           exit {exit:<3}{median:10.3f} {p95:10.3f}")
 
 
-def _predict(classifier: Classifier, asked: argparse.Namespace) -> None:
-    for path in asked.images:
+def _predict(classifier: Classifier, options: argparse.Namespace) -> int:
+    """Answer every image that can be read; returns 1 when one could not."""
+    status = 0
+    for path in options.images:
+        try:
+            image = read_image(path, classifier.image_shape, classifier.bits)
+        except InputError as error:
+            status = report(error)
+            continue
         answer = classifier.predict(
-            read_image(path, classifier.image_shape, classifier.bits),
-            asked.mean_latency_ms,
-            asked.deadline_ms,
-            asked.min_accuracy,
-            asked.max_degradation,
+            image,
+            options.mean_latency_ms,
+            options.deadline_ms,
+            options.min_accuracy,
+            options.max_degradation,
+            options.delta,
         )
-        sure = float(answer.probabilities[answer.label])
+        probability = float(answer.probabilities[answer.label])
         left = "the vote" if answer.exit == len(classifier.policy.macs) else f"exit {answer.exit}"
         point = answer.point.name if answer.point else ""
-        if asked.json:
+        if options.json:
             row = {"image": str(path), "label": answer.label, "class": answer.class_name}
-            row |= {"probability": sure, "exit": answer.exit, "point": point}
+            row |= {"probability": probability, "exit": answer.exit, "point": point}
             print(json.dumps({**row, "latency_ms": answer.latency_ms}))
         else:
             print(
-                f"{path}: {answer.class_name} ({100 * sure:.1f} %) from {left} in "
+                f"{path}: {answer.class_name} ({100 * probability:.1f} %) from {left} in "
                 f"{answer.latency_ms:.2f} ms at {point}"
             )
+    return status
 
 
 def _benchmark(classifier: Classifier, rounds: int) -> None:
-    found = benchmark(classifier, rounds)
+    measured = benchmark(classifier, rounds)
     print(f"{'milliseconds':16} {'min':>9} {'median':>9} {'p95':>9}")
-    for name, row in found.items():
+    for name, row in measured.items():
         print(f"{name:16} {row['min']:9.3f} {row['median']:9.3f} {row['p95']:9.3f}")
-    result: dict[str, object] = {"milliseconds": found}
-    if "stream" in found:
-        full = found[f"exit_{len(classifier.policy.macs) - 1}"]["median"]
-        result["stream_over_full_path"] = found["stream"]["median"] / full
-        print(f"the whole stream takes {found['stream']['median'] / full:.3f} of the full path")
+    result: dict[str, object] = {"milliseconds": measured}
+    if "stream" in measured:
+        full = measured[f"exit_{len(classifier.policy.macs) - 1}"]["median"]
+        result["stream_over_full_path"] = measured["stream"]["median"] / full
+        print(f"the whole stream takes {measured['stream']['median'] / full:.3f} of the full path")
     print(json.dumps(result))

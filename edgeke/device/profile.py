@@ -1,24 +1,24 @@
 """What each exit costs on this very device: measured once, kept beside the model."""
 
 import json
+import math
 import os
 import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
 from edgeke.device.timing import summary, time_interleaved
-from edgeke.errors import InputError
 
 __all__ = ["Conditions", "Profile", "measure_costs", "read_profile", "write_profile"]
 
 _SCHEMA = 1
-_SECONDS = 5.0
 # A deeper exit counts at least this much more than the one before it.
 _STEP = 1.001
 
@@ -55,32 +55,26 @@ class Profile:
     rounds: int
 
 
-def measure_costs(run: Callable[[int], Any], exits: int, rounds: int) -> Profile:
+def measure_costs(run: Callable[[int], Any], exits: int, rounds: int, seconds: float) -> Profile:
     """Measure `run(exit)` for every exit: warmed up, interleaved, in up to `rounds` rounds.
 
-    After five seconds 20 rounds are enough, so a slow device is not held up.
+    All of it ends within about `seconds`, in fewer rounds if need be; at least one is measured.
     Errors: InputError for fewer than one round.
     """
-    if rounds < 1:
-        raise InputError(f"rounds = {rounds!r} must be at least 1")
-
-    def forced(exit: int) -> Callable[[], Any]:
-        return lambda: run(exit)
-
-    contenders = {str(exit): forced(exit) for exit in range(exits)}
-    taken = time_interleaved(contenders, rounds, _SECONDS)
-    found = [summary(taken[str(exit)]) for exit in range(exits)]
+    calls = {str(exit): partial(run, exit) for exit in range(exits)}
+    milliseconds = time_interleaved(calls, rounds, seconds)
+    summaries = [summary(milliseconds[str(exit)]) for exit in range(exits)]
     return Profile(
-        _increasing([of["median"] for of in found]),
-        _increasing([of["p95"] for of in found]),
-        len(taken["0"]),
+        _increasing([exit["median"] for exit in summaries]),
+        _increasing([exit["p95"] for exit in summaries]),
+        len(milliseconds["0"]),
     )
 
 
 def read_profile(path: Path, conditions: Conditions) -> Profile | None:
     """The profile measured under these very conditions, if the file holds one.
 
-    A file that cannot be read counts as absent, with a warning.
+    A file that cannot be read counts as absent, with a warning; so does a senseless entry.
     """
     for entry in _entries(path):
         if _same(entry, conditions):
@@ -121,40 +115,40 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warnings.warn(f"{path} cannot be read and is not used ({error})", stacklevel=2)
         return []
-    known = isinstance(content, Mapping) and content.get("schema") == _SCHEMA
-    profiles = content.get("profiles") if known else None
-    if not isinstance(profiles, list):
+    if not isinstance(content, Mapping) or content.get("schema") != _SCHEMA:
         return []
-    return [entry for entry in profiles if isinstance(entry, dict)]
+    profiles = content.get("profiles")
+    return [e for e in profiles if isinstance(e, dict)] if isinstance(profiles, list) else []
 
 
 def _sound(entry: Mapping[str, Any], exits: int) -> Profile | None:
-    """The entry as a profile; None unless it holds increasing numbers for every exit."""
+    """The entry as a profile; None unless it has increasing finite numbers for every exit."""
     try:
         median, p95 = (tuple(map(float, entry[key])) for key in ("median_ms", "p95_ms"))
         rounds = int(entry["rounds"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    increase = all(
-        len(values) == exits and all(a < b for a, b in zip((0.0, *values), values, strict=False))
-        for values in (median, p95)
-    )
-    return Profile(median, p95, rounds) if increase else None
+    for values in (median, p95):
+        increase = all(a < b for a, b in zip((0.0, *values), (*values, math.inf), strict=True))
+        if len(values) != exits or not increase:
+            return None
+    return Profile(median, p95, rounds)
 
 
 def _same(entry: Mapping[str, Any], conditions: Conditions) -> bool:
-    asked = json.loads(json.dumps(asdict(conditions)))  # tuples as JSON gives them back
-    return all(entry.get(key) == value for key, value in asked.items())
+    here = json.loads(json.dumps(asdict(conditions)))  # tuples as JSON gives them back
+    return all(entry.get(key) == value for key, value in here.items())
 
 
 def _increasing(values: Sequence[float]) -> tuple[float, ...]:
-    found: list[float] = []
+    increasing: list[float] = []
     for value in values:
-        found.append(max(value, found[-1] * _STEP) if found else max(value, 1e-6))
-    return tuple(found)
+        least = increasing[-1] * _STEP if increasing else 1e-6
+        increasing.append(max(value, least))
+    return tuple(increasing)
 
 
 def _machine() -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from edgeke.errors import InputError
+
 __all__ = ["summary", "time_interleaved"]
 
 _WARM_UP = 5
-_FEWEST = 20
 
 
 def time_interleaved(
@@ -21,24 +22,32 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, all of them once a round, in a new order each round.
 
-    After a warm-up, up to `rounds` rounds; no more than 20 once `seconds` have passed.
-    `before_round`, such as the choice of an image, gets the round's number and is not timed.
+    A warm-up of up to 5 rounds takes a fifth of `seconds`, or one round; then up to `rounds` rounds
+    are timed, at least one, and none that would last beyond `seconds` in all. `before_round`, such
+    as the choice of an image, gets the round's number and is not timed. Errors: InputError for
+    fewer than one round.
     """
-    for run in calls.values():
-        for _ in range(_WARM_UP):
+    if rounds < 1:
+        raise InputError(f"rounds = {rounds!r} must be at least 1")
+    started = time.perf_counter()
+    for _ in range(_WARM_UP):
+        for run in calls.values():
             run()
+        if time.perf_counter() - started > seconds / 5:
+            break
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls.items()), random.Random(0).shuffle
-    end = time.perf_counter() + seconds
     for number in range(rounds):
-        if number >= _FEWEST and time.perf_counter() > end:
-            break
+        began = time.perf_counter()
         before_round(number)
         shuffle(order)
         for name, run in order:
-            started = time.perf_counter()
+            before = time.perf_counter()
             run()
-            milliseconds[name].append((time.perf_counter() - started) * 1e3)
+            milliseconds[name].append((time.perf_counter() - before) * 1e3)
+        now = time.perf_counter()
+        if (now - started) + (now - began) > seconds:
+            break
     return milliseconds
 
 

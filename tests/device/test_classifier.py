@@ -2,7 +2,7 @@ import shutil
 import subprocess
 import sys
 import threading
-import warnings
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,7 +22,7 @@ COSTS = Profile((1.0, 2.0, 4.0), (1.5, 3.0, 9.0), 20)
 
 
 def with_costs(classifier: Classifier, monkeypatch, costs: Profile = COSTS) -> Classifier:
-    """The classifier on a device of known costs; `measure_costs` counts its calls."""
+    """The classifier on a device of known costs; `calls` holds the arguments of measurements."""
     calls = []
     monkeypatch.setattr(module, "measure_costs", lambda *a: calls.append(a) or costs)
     classifier.calls = calls
@@ -60,7 +60,7 @@ def test_a_batch_answers_as_one_by_one(bundles, images, name):
     unsure = replace(points[0], name="unsure", thresholds=(2.0, 2.0, 2.0), votes=(1.0, 2.0, 3.0))
     for point in [*points[::5], classifier.policy.point("proportions"), unsure]:
         classifier.policy = replace(classifier.policy, points=(point,), default=point.name)
-        classifier._chosen.cache_clear()
+        classifier._plans.clear()
         batch = classifier.predict_batch(images)
         assert all(map(same, batch, map(classifier.predict, images)))
         exits |= {answer.exit for answer in batch}
@@ -95,15 +95,13 @@ def test_an_empty_batch_and_a_list(classifier, images):
     assert all(map(same, listed, classifier.predict_batch(images[:2])))
 
 
-def test_the_single_file_loops_and_says_so_once(bundle, classifier, images):
+def test_the_single_file_loops_and_says_so(bundle, classifier, images):
     alone = Classifier(bundle / "edgeke.onnx")
     with pytest.warns(UserWarning, match="image by image; give the bundle folder") as caught:
         looped = alone.predict_batch(images)
     assert caught[0].filename == __file__
     assert all(map(same, looped, classifier.predict_batch(images)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        alone.predict_batch(images[:2])
+    alone.predict_batch(images[:1])
 
 
 def test_a_stream_gives_every_exits_answer(classifier, images):
@@ -152,6 +150,31 @@ def test_a_latency_measures_the_device_once(classifier, images, monkeypatch):
     assert len(classifier.calls) == 1
     assert classifier.measured == COSTS
     assert Classifier(classifier.bundle.model.parent).measured == COSTS
+
+
+def test_latency_counts_from_the_call(classifier, images, monkeypatch):
+    """A first profile, and checks, are part of what the caller waits for."""
+    with_costs(classifier, monkeypatch)
+    measure = classifier._measure
+    monkeypatch.setattr(classifier, "_measure", lambda *a: time.sleep(0.2) or measure(*a))
+    assert classifier.predict(images[0], mean_latency_ms=100.0).latency_ms > 200
+    assert classifier.predict(images[0], mean_latency_ms=100.0).latency_ms < 200
+    opened = classifier.open_segments
+    monkeypatch.setattr(classifier, "open_segments", lambda: time.sleep(0.2) or opened())
+    assert classifier.predict_batch(images[:2])[0].latency_ms > 200
+
+
+def test_the_risk_of_a_promise_can_be_requested(classifier, images):
+    known = classifier.predict(images[0], max_degradation=0.9)
+    assert same(classifier.predict(images[0], max_degradation=0.9, delta=0.1), known)
+    with pytest.raises(UnmetError, match=r"delta 1e-06"):
+        classifier.predict_batch(images, max_degradation=0.9, delta=1e-6)
+
+
+@pytest.mark.parametrize("exit", [-1, 4, 7])
+def test_only_exits_and_the_vote_can_be_forced(classifier, exit):
+    with pytest.raises(InputError, match=rf"exit = {exit} must be 0 to 2, or 3 for the vote"):
+        classifier.forced(exit)
 
 
 def test_a_deadline_leaves_out_exits_whose_p95_is_late(classifier, images, monkeypatch):
@@ -205,7 +228,7 @@ def test_what_is_no_bundle_is_refused(bundle, path, precision, words):
         Classifier(bundle / path, precision)
 
 
-@pytest.mark.parametrize("threads", [-1, 1.5, True, "2"])
+@pytest.mark.parametrize("threads", [-1, 1.5, True, "2", 99999999999])
 def test_threads_are_checked(bundle, threads):
     with pytest.raises(InputError, match="threads = .* must be 0"):
         Classifier(bundle, threads=threads)

@@ -1,10 +1,14 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from toys import CLASSES
+from toys import CLASSES, ROOT
 
 from edgeke.device import cli
 from edgeke.device.classifier import Classifier
@@ -26,7 +30,7 @@ def test_info_tells_what_a_model_is(bundle, run):
     assert code == 0
     assert "precision fp32" in out
     assert "3: down, left, up" in out
-    assert "uint8 [8, 8, 1]" in out
+    assert "uint8 grey, 8 x 8 (height x width), [H, W, 1]" in out
     assert "not measured here yet" in out
     assert all(name in out for name in ("full", "proportions", "default"))
     _, out, _ = run("info", bundle / "edgeke.onnx")
@@ -87,9 +91,58 @@ def test_benchmark_ends_in_one_json_line(bundle, run):
 
 def test_errors_are_one_line_and_exit_1(bundle, tmp_path, run):
     assert run("info", tmp_path / "none")[0] == 1
-    code, out, error = run("predict", bundle, tmp_path / "none.npy")
-    assert (code, out) == (1, "")
-    assert error == f"error: {tmp_path / 'none.npy'} is missing\n"
+    code, out, error = run("benchmark", bundle, "--rounds", 0)
+    assert (code, out, error) == (1, "", "error: rounds = 0 must be at least 1\n")
+    code, out, error = run("predict", bundle, tmp_path / "none.npy", "--threads", 99999999999)
+    assert (code, error.count("\n")) == (1, 1)
     with pytest.raises(SystemExit) as caught:
         cli.main(["predict", str(bundle)])
     assert caught.value.code == 2
+
+
+def test_an_image_that_cannot_be_read_does_not_stop_the_others(bundle, images, tmp_path, run):
+    for name in "ac":
+        np.save(tmp_path / f"{name}.npy", images[0])
+    code, out, error = run("predict", bundle, *(tmp_path / f"{name}.npy" for name in "abc"))
+    assert code == 1
+    assert [line.split(":")[0][-5:] for line in out.splitlines()] == ["a.npy", "c.npy"]
+    assert error == f"error: {tmp_path / 'b.npy'} is missing\n"
+
+
+def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[bytes]:
+    line = [sys.executable, "-m", "edgeke.device", *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, stderr=subprocess.PIPE, check=False, **options)
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(bundle, images, tmp_path):
+    name = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.npy"))
+    np.save(name, images[0])
+    encoding = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = command("predict", bundle, name, env=encoding, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\udcff.npy: " in done.stdout
+
+
+def test_a_reader_that_has_read_enough_is_no_error(bundle):
+    """As in `info . | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert command("info", bundle, stdout=writer).stderr == b""
+    os.close(writer)
+
+
+def test_ctrl_c_is_one_line(bundle, run, monkeypatch):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classifier, "profile", interrupt)
+    assert run("profile", bundle) == (130, "", "stopped\n")
+
+
+def test_nothing_is_left_in_the_users_home(bundle, tmp_path):
+    """ONNX Runtime would keep a device id there, and look up a telemetry host."""
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {key: value for key, value in os.environ.items() if key[:4] not in ("ORT_", "XDG_")}
+    command("info", bundle, env={**kept, "HOME": str(home)}, stdout=subprocess.DEVNULL)
+    assert list(home.rglob("*")) == []

@@ -29,7 +29,7 @@ def here(bundle, images, tmp_path, monkeypatch):
 
 def test_the_python_runs(here, monkeypatch, capsys):
     costs = Profile((1.0, 2.0, 4.0), (2.0, 4.0, 8.0), 20)
-    monkeypatch.setattr("edgeke.device.classifier.measure_costs", lambda *of: costs)
+    monkeypatch.setattr("edgeke.device.classifier.measure_costs", lambda *arguments: costs)
     found: dict[str, object] = {}
     for number, code in enumerate(blocks("python")):
         exec(compile(code, f"docs/device.md, block {number}", "exec"), found)

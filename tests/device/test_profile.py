@@ -1,11 +1,13 @@
 import json
 import os
 import stat
+from functools import partial
 
 import pytest
 from toys import replace
 
 from edgeke.device import profile as module
+from edgeke.device import timing
 from edgeke.device.classifier import Classifier
 from edgeke.device.profile import (
     Conditions,
@@ -59,7 +61,10 @@ def test_several_conditions_share_a_file(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"schema": 0, "profiles": []}', '{"schema": 1}'])
+@pytest.mark.filterwarnings("ignore:.*cannot be read and is not used")
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"schema": 0, "profiles": []}', '{"schema": 1}', 100_000 * "["]
+)
 def test_a_file_of_another_schema_counts_as_absent(tmp_path, text):
     (tmp_path / "profile.json").write_text(text)
     assert read_profile(tmp_path / "profile.json", HERE) is None
@@ -77,7 +82,8 @@ def test_a_damaged_file_is_named_and_replaced(tmp_path):
 
 @pytest.mark.parametrize(
     "change", [{"median_ms": [1.0]}, {"median_ms": None}, {"rounds": None}, {"p95_ms": "ab"},
-               {"median_ms": [2.0, 1.0]}, {"p95_ms": [1.5, "x"]}]
+               {"median_ms": [2.0, 1.0]}, {"p95_ms": [1.5, "x"]}, {"p95_ms": [1, 10**400]},
+               {"median_ms": [1.0, float("inf")]}]
 )  # fmt: skip
 def test_a_senseless_entry_is_not_used(tmp_path, change):
     path = tmp_path / "profile.json"
@@ -117,27 +123,32 @@ def test_a_failed_replacement_leaves_the_old_file(tmp_path, monkeypatch):
 def test_noise_that_turns_the_order_is_mended(monkeypatch):
     taken = {"0": [3.0] * 20, "1": [2.0] * 20, "2": [5.0] * 20, "3": [5.0] * 20}
     monkeypatch.setattr(module, "time_interleaved", lambda *of: taken)
-    found = measure_costs(lambda exit: None, 4, 20)
+    found = measure_costs(lambda exit: None, 4, 20, 5.0)
     assert found.median_ms == pytest.approx((3.0, 3.003, 5.0, 5.005))
     assert found.p95_ms == found.median_ms
 
 
 def test_rounds_are_checked():
     with pytest.raises(InputError, match="rounds = 0 must be at least 1"):
-        measure_costs(lambda exit: None, 2, 0)
+        measure_costs(lambda exit: None, 2, 0, 5.0)
 
 
-def test_contenders_run_equally_often_and_no_longer_than_asked():
-    ran = {"a": 0, "b": 0}
+def test_calls_run_equally_often_and_no_longer_than_allowed(monkeypatch):
+    """At a second an image, three exits take 5 seconds and not 75."""
+    now, ran = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
-    def run(name: str) -> None:
-        ran[name] += 1
+    def run(seconds: float) -> None:
+        ran.append(seconds)
+        now[0] += seconds
 
-    contenders = {name: (lambda name=name: run(name)) for name in ran}
-    taken = time_interleaved(contenders, 30, 60.0)
-    assert [len(values) for values in taken.values()] == [30, 30]
-    assert ran["a"] == ran["b"] == 35, "with five to warm up"
-    assert len(time_interleaved(contenders, 30, 0.0)["a"]) == 20
+    for scale, fewest, most in ((1.0, 1, 5.0), (0.1, 10, 5.0), (1e-4, 30, 5.0), (60.0, 1, 300.0)):
+        now[0], calls = 0.0, {str(s): partial(run, s * scale) for s in (0.4, 0.7, 1.0)}
+        milliseconds = time_interleaved(calls, 30, 5.0)
+        assert now[0] <= most
+        assert {len(values) for values in milliseconds.values()} == {fewest} or scale == 0.1
+        assert len(milliseconds["0.4"]) >= fewest
+    assert ran[-6:].count(24.0) == 2, "one round to warm up, one that is measured"
 
 
 def test_summary_by_hand():

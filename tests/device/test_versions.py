@@ -47,7 +47,7 @@ def keep(name, answers):
     found[f"{name}/probabilities"] = np.stack([answer.probabilities for answer in answers])
 for name in json.loads(sys.argv[1]):
     classifier.policy = dataclasses.replace(policy, default=policy.named[name].name)
-    classifier._chosen.cache_clear()
+    classifier._plans.clear()
     keep(f"{name}/one", [classifier.predict(image) for image in images])
     keep(f"{name}/batch", classifier.predict_batch(images))
 for exit in range(len(policy.macs) + 1):
