@@ -1,14 +1,21 @@
-"""One distillation step, ours against the published loop's.  python -m benchmarks.training
+"""How long a training step takes.  python -m benchmarks.training
 
-Both train the same ResNet18 under the same ResNet34 on the same 32x32 images with the same batch.
-The published loop is written afresh from its description: PIL transforms in a DataLoader, a teacher
-forward that records a graph, two student forwards, and SciPy's distance sample by sample (which is
-why it has no gradient). Steps are interleaved in one process; peak memory is a fresh process's for
-each. `--profile` prints instead where the time of our step goes. The last line is JSON.
+One distillation step, ours against the published loop's: both train the same ResNet18 under the
+same ResNet34 on the same 32x32 images with the same batch. The published loop is written afresh
+from its description: PIL transforms in a DataLoader, a teacher forward that records a graph, two
+student forwards, and SciPy's distance sample by sample (which is why it has no gradient). It loads
+in the main process, where the published one has three workers; a third row leaves loading out.
+Then a step of every order's phases. Steps are interleaved in one process; peak memory is that of a
+fresh process for each.
+
+`--neighbour` measures our step alone and beside a busy process of another session, with and without
+OMP_WAIT_POLICY=PASSIVE. `--profile` prints where the time of our step goes. The last line is JSON.
 """
 
 import argparse
+import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -68,27 +75,33 @@ class _Pictures(TorchDataset[tuple[Tensor, int]]):
 
 
 def published(
-    images: np.ndarray, labels: np.ndarray, width: int, batch: int, device: torch.device
+    images: np.ndarray,
+    labels: np.ndarray,
+    width: int,
+    batch: int,
+    device: torch.device,
+    loading: bool = True,
 ) -> Step:
-    """The loop as it was published: no gradient through the distance, twice the forwards."""
+    """The loop as it was published: no gradient through the distance, twice the forwards.
+
+    Without `loading` it repeats two batches that are loaded beforehand.
+    """
     student, teacher = networks(width, device)
     optimiser = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(
-        _Pictures(images, labels), batch, shuffle=True, num_workers=0, drop_last=True
-    )
+    loader = DataLoader(_Pictures(images, labels), batch, shuffle=True, drop_last=True)
 
     def forever() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             yield from loader
 
-    batches = forever()
+    batches = forever() if loading else itertools.cycle(list(itertools.islice(loader, 2)))
 
     def step() -> None:
         inputs, targets = (tensor.to(device) for tensor in next(batches))
         answer, guide = student(inputs)[0], teacher(inputs)[0]
         soft = (student(inputs)[0] / KL.temperature).softmax(-1).detach().cpu().numpy()
-        wanted = (guide / KL.temperature).softmax(-1).detach().cpu().numpy()
-        each = [entropy(t, s) for s, t in zip(soft, wanted, strict=True)]
+        soft_teacher = (guide / KL.temperature).softmax(-1).detach().cpu().numpy()
+        each = [entropy(t, s) for s, t in zip(soft, soft_teacher, strict=True)]
         distance = float(np.mean(each)) * KL.temperature**2
         loss = (1 - KL.beta) * F.cross_entropy(answer, targets) + KL.beta * distance
         optimiser.zero_grad()
@@ -105,7 +118,7 @@ def ours(
     student, teacher = networks(width, device)
     student.to(memory_format=torch.channels_last)
     teacher.to(memory_format=torch.channels_last)
-    objective = make_objective(KL, teacher, CLASSES)
+    objective = make_objective(KL, teacher)
     optimiser = torch.optim.SGD(
         student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
@@ -117,8 +130,8 @@ def ours(
 
     def step() -> None:
         chosen = torch.randint(len(resident), (batch,), generator=generator).to(device)
-        inputs, wanted = augment(resident[chosen], targets[chosen], generator)
-        outcome = objective(student, normalise(inputs), wanted)
+        inputs, answers = augment(resident[chosen], targets[chosen], generator)
+        outcome = objective(student, normalise(inputs), answers)
         optimiser.zero_grad()
         outcome["loss"].backward()
         optimiser.step()
@@ -136,7 +149,7 @@ def order_steps(width: int, batch: int, device: torch.device) -> dict[str, Step]
         built = Architecture.with_layout("edgeke", "resnet18", width, 3, CLASSES)
         for phase in order(built.depths).phases:
             network = BranchyNet(built).to(device).train().to(memory_format=torch.channels_last)
-            objective = make_objective(KL, teacher, CLASSES)
+            objective = make_objective(KL, teacher)
             view = phase_network(network, phase).train()
 
             def step(view: torch.nn.Module = view, objective: object = objective) -> None:
@@ -147,7 +160,7 @@ def order_steps(width: int, batch: int, device: torch.device) -> dict[str, Step]
 
 
 def interleave(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per step and contender, after two warm-up rounds."""
+    """Seconds of every step by name, after two warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         for name, step in steps.items():
@@ -185,14 +198,63 @@ def profile(step: Step, rounds: int) -> None:
         print(f"| {row.key} | {share:.1f} % | {row.count / rounds:.0f} |")
 
 
+def serve(step: Step) -> None:
+    """Do a step for each line on the standard input and print its seconds."""
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        step()
+        print(time.perf_counter() - started, flush=True)
+
+
+def beside_a_neighbour(command: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds per step, waiting threads spinning or sleeping, alone and beside a busy process.
+
+    The neighbour has a session of its own, as a process of another terminal has: Linux shares the
+    CPUs between sessions first (`sched_autogroup_enabled`).
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    policies = {"spinning": {}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = {
+        name: subprocess.Popen(command, env=environment | policy, **pipes)
+        for name, policy in policies.items()
+    }
+
+    def seconds(worker: subprocess.Popen) -> float:
+        worker.stdin.write("step\n")
+        worker.stdin.flush()
+        return float(worker.stdout.readline())
+
+    times: dict[str, list[float]] = {}
+    for place in ("alone", "beside a neighbour"):
+        busy = None
+        if place != "alone":
+            endless = [sys.executable, "-c", "while True: pass"]
+            busy = subprocess.Popen(endless, start_new_session=True)
+        for number in range(rounds + 2):
+            for name, worker in workers.items():
+                value = seconds(worker)
+                if number >= 2:
+                    times.setdefault(f"{name}, {place}", []).append(value)
+        if busy:
+            busy.kill()
+            busy.wait()
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    return times
+
+
 def main() -> None:
     """Print the tables, then one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--neighbour", action="store_true", help="beside a busy process")
     parser.add_argument("--profile", action="store_true", help="where the time of our step goes")
     parser.add_argument("--memory", choices=["ours", "published loop"], help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random = np.random.default_rng(0)
@@ -200,40 +262,66 @@ def main() -> None:
     labels = random.integers(0, CLASSES, 2048)
     shared = (images, labels, options.width, options.batch, device)
     makers = {"ours": ours, "published loop": published}
-    if options.memory:
-        print(peak_memory(makers[options.memory](*shared), device))
-        return
-    if options.profile:
-        profile(ours(*shared), options.rounds)
-        return
     again = [sys.executable, "-m", "benchmarks.training", "--width", str(options.width)]
-    again += ["--batch", str(options.batch), "--memory"]
-    memory = {name: float(subprocess.check_output([*again, name], text=True)) for name in makers}
-    times = interleave(
-        {name: make(*shared) for name, make in makers.items()}, options.rounds, device
-    )
+    again += ["--batch", str(options.batch)]
+    if options.serve:
+        serve(ours(*shared))
+    elif options.memory:
+        print(peak_memory(makers[options.memory](*shared), device))
+    elif options.profile:
+        profile(ours(*shared), options.rounds)
+    elif options.neighbour:
+        times = beside_a_neighbour([*again, "--serve"], options.rounds)
+        print("| waiting threads | s per step, least | median |\n| --- | --- | --- |")
+        for name, values in times.items():
+            print(f"| {name} | {min(values):.2f} | {np.median(values):.2f} |")
+        medians = {name: round(float(np.median(values)), 3) for name, values in times.items()}
+        print(json.dumps({"median_s": medians, "width": options.width, "batch": options.batch}))
+    else:
+        memory = {
+            name: float(subprocess.check_output([*again, "--memory", name], text=True))
+            for name in makers
+        }
+        steps = {name: make(*shared) for name, make in makers.items()}
+        steps["published loop, without loading"] = published(*shared, loading=False)
+        times = interleave(steps, options.rounds, device)
+        by_order = interleave(
+            order_steps(options.width, options.batch, device), options.rounds, device
+        )
+        report(times, by_order, memory, options.batch)
+        ratios = np.array(times["published loop"]) / np.array(times["ours"])
+        result = {
+            "kd_step_speedup": round(float(np.median(ratios)), 3),
+            "kd_step_speedup_of_minima": round(
+                min(times["published loop"]) / min(times["ours"]), 3
+            ),
+            "peak_memory_mib": {name: round(mib) for name, mib in memory.items()},
+            "device": device.type,
+            "width": options.width,
+            "batch": options.batch,
+        }
+        print(json.dumps(result))
+
+
+def report(
+    times: dict[str, list[float]],
+    by_order: dict[str, list[float]],
+    memory: dict[str, float],
+    batch: int,
+) -> None:
+    """Print the two tables."""
     print("| KD step | images/s, best | images/s, median | peak memory MiB |")
     print("| --- | --- | --- | --- |")
     for name, values in times.items():
-        rate = options.batch / np.array(values)
-        print(f"| {name} | {rate.max():.0f} | {np.median(rate):.0f} | {memory[name]:.0f} |")
-    by_order = interleave(order_steps(options.width, options.batch, device), options.rounds, device)
+        rate, mib = batch / np.array(values), memory.get(name)
+        peak = "" if mib is None else f"{mib:.0f}"
+        print(f"| {name} | {rate.max():.0f} | {np.median(rate):.0f} | {peak} |")
     print("\n| order and phase | ms per step, best | median | minutes per epoch of 45,000 images |")
     print("| --- | --- | --- | --- |")
     for name, values in by_order.items():
         best, median = min(values), float(np.median(values))
-        minutes = median * 45_000 / options.batch / 60
+        minutes = median * 45_000 / batch / 60
         print(f"| {name} | {1e3 * best:.0f} | {1e3 * median:.0f} | {minutes:.1f} |")
-    ratios = np.array(times["published loop"]) / np.array(times["ours"])
-    result = {
-        "kd_step_speedup": round(float(np.median(ratios)), 3),
-        "kd_step_speedup_of_minima": round(min(times["published loop"]) / min(times["ours"]), 3),
-        "peak_memory_mib": {name: round(mib) for name, mib in memory.items()},
-        "device": device.type,
-        "width": options.width,
-        "batch": options.batch,
-    }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

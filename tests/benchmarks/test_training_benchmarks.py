@@ -18,6 +18,17 @@ def test_the_training_benchmark_ends_with_the_speedup():
     assert result["device"] in ("cpu", "cuda")
 
 
+def test_a_step_is_timed_beside_a_busy_process():
+    result = last_line(
+        "benchmarks.training", "--neighbour", "--width", "4", "--batch", "16", "--rounds", "1"
+    )
+    assert result["median_s"].keys() == {
+        f"{threads}, {place}"
+        for threads in ("spinning", "sleeping")
+        for place in ("alone", "beside a neighbour")
+    }
+
+
 def test_js_pulls_a_quarter_as_hard_as_kl():
     result = last_line("benchmarks.gradient_scales")
     assert 0.2 < result["near_4"]["js"] < 0.3
