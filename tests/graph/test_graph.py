@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import numpy as np
 import onnx
 import pytest
@@ -18,7 +15,7 @@ from edgeke.graph.compose import IR_VERSION, OPSET, compose_cascade
 from edgeke.graph.parity import check_close, check_exits
 from edgeke.graph.runner import segment_logits
 from edgeke.graph.scores import build_score, score_constants
-from edgeke.graph.segments import export_segments, export_static
+from edgeke.graph.segments import export_segments
 from edgeke.learning.predict import predict
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
@@ -93,12 +90,6 @@ def test_other_networks_are_exported_alike(dataset, images, layout, shared):
     assert np.allclose(answer, expected, atol=1e-5)
 
 
-def test_static_network_is_the_last_exit_alone(network, dataset, images):
-    model = export_static(network, dataset.mean, dataset.std, SIZE).SerializeToString()
-    logits = segment_logits([model], channels_last(images), 1)
-    assert np.allclose(logits[0], torch_logits(network, dataset, images)[-1], atol=1e-4)
-
-
 def test_files_load_from_the_oldest_runtime_on(segments):
     for model in (*segments, composed(segments)):
         assert model.ir_version == 8
@@ -168,11 +159,6 @@ def test_later_weights_are_in_the_branch_that_needs_them(segments):
     assert len(conditional) == 1
 
 
-def test_an_unknown_score_has_no_graph(segments):
-    with pytest.raises(ValueError, match="score 'luck' has no graph"):
-        composed(segments, score=Score("luck"))
-
-
 def test_parity_reports_and_refuses():
     a = np.zeros((2, 3), np.float32)
     assert check_close("x", a, a + 1e-6, 1e-4) == pytest.approx(1e-6)
@@ -188,9 +174,3 @@ def test_exits_may_differ_only_at_ties():
     assert check_exits(np.array([0, 0]), np.array([2, 0]), scores, thresholds, 1e-5) == 1
     with pytest.raises(InputError, match="leaves at exit 1 where the cascade leaves at 0"):
         check_exits(np.array([2, 1]), np.array([2, 0]), scores, thresholds, 1e-5)
-
-
-def test_composing_needs_no_torch():
-    code = "import sys, edgeke.graph.compose, edgeke.graph.runner; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
