@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgeke.bundle import copy_device_package
 from edgeke.data.dataset import Split, channels_last
-from edgeke.device.bundle import PRECISIONS, read_carried
+from edgeke.device.bundle import PRECISIONS, read_metadata
 from edgeke.device.measure import Job, Measurements, Setting, Trace
 from edgeke.device.policy import Policy, force_exit
 from edgeke.device.scores import Score
@@ -87,7 +87,7 @@ def evaluate(
     policies = {}
     for precision in _PREFIXES:
         file = models / PRECISIONS[precision]
-        policies[precision] = read_carried(open_session(file), str(file)).policy
+        policies[precision] = read_metadata(open_session(file), str(file)).policy
     measured, answers = _measure(models, policies, static_macs, test, settings)
     metrics = {f"test/{name}": value for name, value in measured.metrics.items()}
     frontier: list[Row] = []

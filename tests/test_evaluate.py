@@ -181,5 +181,5 @@ def test_broken_files_are_refused(built, dataset, tmp_path: Path):
     with pytest.raises(InputError, match=r"device process failed: error: .*branch_0.*truncated"):
         evaluate(models, STATIC_MACS, dataset["test"], SETTINGS)
     (models / "edgeke.onnx").write_bytes(whole)
-    with pytest.raises(InputError, match=r"edgeke\.onnx is an ONNX model, but not one"):
+    with pytest.raises(InputError, match=r"edgeke\.onnx is no one-file model of EdgeKE"):
         evaluate(models, STATIC_MACS, dataset["test"], SETTINGS)

@@ -1,11 +1,10 @@
-"""What is in a bundle: the one file, what it carries, and the segments beside it."""
+"""What is in a bundle: the one file with its metadata, and the segments beside it."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnxruntime
 
@@ -17,14 +16,14 @@ from edgeke.errors import InputError
 __all__ = [
     "PRECISIONS",
     "Bundle",
-    "Carried",
+    "Metadata",
     "find_bundle",
-    "read_carried",
+    "read_metadata",
     "read_segments",
     "segments_hash",
 ]
 
-# By name of the one file; what stands first is taken where nothing is asked for.
+# Names of the one file; the first that is present is the default.
 PRECISIONS = {"int8": "edgeke.int8.onnx", "fp32": "edgeke.onnx"}
 
 
@@ -41,7 +40,7 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class Carried:
+class Metadata:
     """The one file's metadata: policy, class names, image shape `(H, W, C)`, bits, segments.
 
     `bits`: significant bits of 16-bit pictures. `segments_sha256`: see `segments_hash`; None in
@@ -59,80 +58,61 @@ def find_bundle(path: Path, precision: str | None = None) -> Bundle:
     """The files of a bundle folder, or of a single `.onnx` file (which has no segments).
 
     In a folder int8 is preferred where it is present. Errors: InputError when nothing is there,
-    or not the precision asked for.
+    or not that precision.
     """
-    if precision is not None and precision not in PRECISIONS:
-        raise InputError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    names = {name: key for key, name in PRECISIONS.items()}
+    files: dict[str | None, Path] = {}
     if path.is_file():
-        of_name = {name: key for key, name in PRECISIONS.items()}.get(path.name)
-        if precision not in (None, of_name):
-            raise InputError(
-                f"{path} is one file, of precision {of_name or 'unknown'}; to choose "
-                f"{precision!r} give the folder it lies in"
-            )
-        return Bundle(path, of_name, None)
-    if not path.is_dir():
+        files = {names.get(path.name): path}
+    elif path.is_dir():
+        files = {key: path / name for name, key in names.items() if (path / name).is_file()}
+    else:
         raise InputError(f"{path} is missing; give a bundle folder or its .onnx file")
-    present = [key for key, name in PRECISIONS.items() if (path / name).is_file()]
-    if not present:
+    if not files:
         raise InputError(
-            f"{path} holds no {' or '.join(PRECISIONS.values())}; copy the whole bundle, or give "
-            "the .onnx file itself"
+            f"{path} holds no {' or '.join(names)}; copy the whole bundle, or give the .onnx file"
         )
-    if precision is not None and precision not in present:
+    chosen = precision or next(iter(files))
+    if chosen not in files:
+        present = ", ".join(key or "an unknown one" for key in files)
         raise InputError(
-            f"{path} holds no {PRECISIONS[precision]}, only {', '.join(present)}; copy the file or "
-            f"ask for precision={present[0]!r}"
+            f"{path} has no model of precision {chosen!r}, only {present}; choose that, or give a "
+            "folder that has it"
         )
-    chosen = precision or present[0]
-    segments = path / "segments" / chosen
-    found = (segments / MANIFEST).is_file()
-    return Bundle(path / PRECISIONS[chosen], chosen, segments if found else None)
+    segments = path / "segments" / str(chosen)
+    return Bundle(files[chosen], chosen, segments if (segments / MANIFEST).is_file() else None)
 
 
-def read_carried(session: onnxruntime.InferenceSession, name: str) -> Carried:
-    """What an open one-file model carries. Errors: InputError for a foreign or damaged file."""
+def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
+    """The metadata of an open one-file model. Errors: InputError for a foreign or damaged file."""
     metadata = session.get_modelmeta().custom_metadata_map
-    inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
-    missing = {"policy", "classes", "image_shape"} - set(metadata)
-    if missing or set(inputs) != {"image", "thresholds", "votes"}:
-        raise InputError(
-            f"{name} is an ONNX model, but not one that EdgeKE composed: it lacks "
-            f"{', '.join(sorted(missing)) or 'the inputs image, thresholds and votes'}; give "
-            "edgeke.onnx or edgeke.int8.onnx"
-        )
+    shapes = {t.name: t.shape for t in (*session.get_inputs(), *session.get_outputs())}
     try:
+        if missing := {"policy", "classes", "image_shape"} - set(metadata):
+            raise InputError(f"its metadata lacks {', '.join(sorted(missing))}")
         policy = parse_policy(metadata["policy"])
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
-    classes, shape = _loaded(metadata["classes"]), _loaded(metadata["image_shape"])
-    bits = _loaded(metadata.get("bits", str(BITS)))
-    outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
-    sound = (
-        isinstance(classes, list)
-        and isinstance(bits, int)
-        and 8 <= bits <= 16
-        and isinstance(shape, list)
-        and len(shape) == 3
-        and inputs["image"] == [1, *shape]
-        and inputs["thresholds"] == [len(policy.macs)]
-        and outputs.get("probabilities") == [1, len(classes)]
-    )
-    if not sound:
+        classes = tuple(map(str, json.loads(metadata["classes"])))
+        height, width, channels = json.loads(metadata["image_shape"])
+        bits = json.loads(metadata.get("bits", str(BITS)))
+        fits = bits in range(8, 17) and shapes == {
+            "image": [1, height, width, channels],
+            "thresholds": [len(policy.macs)],
+            "votes": [len(policy.macs)],
+            "probabilities": [1, len(classes)],
+            "exit": [1],
+        }
+        if not fits:
+            raise InputError("its metadata does not fit its graph")
+    except (ValueError, TypeError) as error:
         raise InputError(
-            f"{name} contradicts itself: its metadata does not fit its graph; export it again"
-        )
-    height, width, channels = shape
-    return Carried(
-        policy,
-        tuple(map(str, classes)),
-        (height, width, channels),
-        bits,
-        metadata.get("segments_sha256"),
-    )
+            f"{name} is no one-file model of EdgeKE, or is damaged: {error}; give edgeke.onnx or "
+            "edgeke.int8.onnx of a bundle"
+        ) from error
+    shape = (height, width, channels)
+    return Metadata(policy, classes, shape, bits, metadata.get("segments_sha256"))
 
 
-def read_segments(folder: Path, carried: Carried, model: Path) -> list[Path]:
+def read_segments(folder: Path, metadata: Metadata, model: Path) -> list[Path]:
     """The segments' files, shallow to deep.
 
     Errors: InputError when one is missing, or they are not those that `model` was composed of.
@@ -140,11 +120,11 @@ def read_segments(folder: Path, carried: Carried, model: Path) -> list[Path]:
     manifest = read_manifest(folder)
     files = [folder / name for name in manifest.segments]
     same = (
-        len(files) == len(carried.policy.macs)
-        and manifest.macs == carried.policy.macs
-        and manifest.classes == carried.classes
-        and manifest.image_shape == carried.image_shape
-        and carried.segments_sha256 in (None, segments_hash(files))
+        len(files) == len(metadata.policy.macs)
+        and manifest.macs == metadata.policy.macs
+        and manifest.classes == metadata.classes
+        and manifest.image_shape == metadata.image_shape
+        and metadata.segments_sha256 in (None, segments_hash(files))
     )
     if not same:
         raise InputError(
@@ -163,10 +143,3 @@ def segments_hash(files: Sequence[Path]) -> str:
         except OSError as error:
             raise InputError(f"{file} cannot be read ({error}); copy the whole bundle") from error
     return whole.hexdigest()
-
-
-def _loaded(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None

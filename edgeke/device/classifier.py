@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeke.device.bundle import find_bundle, read_carried, read_segments
+from edgeke.device.bundle import find_bundle, read_metadata, read_segments
 from edgeke.device.choice import Request, UnmetError, choose
 from edgeke.device.images import check_image, check_images
 from edgeke.device.policy import OperatingPoint, force_exit
 from edgeke.device.profile import (
-    Conditions,
     Profile,
+    conditions,
     measure_costs,
     read_profile,
     write_profile,
@@ -83,16 +83,17 @@ class Classifier:
         self.bundle = find_bundle(Path(path), precision)
         self.threads = threads
         self._session = open_session(self.bundle.model, threads)
-        self._carried = read_carried(self._session, str(self.bundle.model))
-        self.policy = self._carried.policy
-        self.classes = self._carried.classes
-        self.image_shape = self._carried.image_shape
-        self.bits = self._carried.bits
+        self._metadata = read_metadata(self._session, str(self.bundle.model))
+        self.policy = self._metadata.policy
+        self.classes = self._metadata.classes
+        self.image_shape = self._metadata.image_shape
+        self.bits = self._metadata.bits
         self._segments: Segments | None = None
         self._opening, self._profiling = threading.Lock(), threading.Lock()
         self._profile_path = self.bundle.model.parent / _PROFILE
-        self._conditions = Conditions.here(self.bundle.model, self.policy.macs, threads)
-        self._measured = read_profile(self._profile_path, self._conditions)
+        macs = self.policy.macs
+        self._conditions = conditions(self.bundle.model, macs, threads)
+        self._measured = read_profile(self._profile_path, self._conditions, len(macs))
         # Choosing takes as long as answering a small image; requests repeat.
         self._plans: dict[tuple[Request, Profile | None], _Plan] = {}
 
@@ -124,7 +125,7 @@ class Classifier:
     ) -> Prediction:
         """Answer one image within the requirements.
 
-        The first call that asks for a latency measures the device for about five seconds, where
+        The first call that asks for a latency measures the device for up to five seconds, where
         nothing was measured yet (see `profile`). Errors: UnmetError naming the nearest attainable
         value; InputError for an image or a requirement that makes no sense.
         """
@@ -224,7 +225,7 @@ class Classifier:
         if self._segments is None and folder is not None:
             with self._opening:
                 if self._segments is None:
-                    files = read_segments(folder, self._carried, self.bundle.model)
+                    files = read_segments(folder, self._metadata, self.bundle.model)
                     self._segments = Segments(files, self.policy, self.threads)
         return self._segments
 

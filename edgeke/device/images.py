@@ -87,29 +87,28 @@ def _to_uint8(pixels: NDArray[Any]) -> str:
         )
     if not np.issubdtype(pixels.dtype, np.floating):
         return "give pixels from 0 to 255"
-    bad = int((~np.isfinite(pixels)).sum())
-    return (f"fix {bad} values that are NaN or infinite; " if bad else "") + (
+    if not np.isfinite(pixels).all():
+        return "it holds values that are NaN or infinite; fix their source"
+    return (
         "give the camera's own pixels, or convert: numpy.rint(255 * image).astype(numpy.uint8) "
         "where values are 0 to 1, without the 255 where they are 0 to 255; undo any "
         "normalisation first, the model has its own"
     )
 
 
-def _to_shape(found: Sequence[int], shape: _Shape) -> str:
+def _to_shape(given: Sequence[int], shape: _Shape) -> str:
     height, width, channels = shape
-    if len(found) == 4:
+    if len(given) == 4:
         return "predict takes one image: use predict_batch for several"
-    if found == (channels, height, width):
+    if given == (channels, height, width):
         return "put the channels last: image.transpose(1, 2, 0)"
-    if len(found) not in (2, 3) or found[:2] != (height, width):
+    if given[:2] != (height, width):
         return (
             "resize it, for instance with Pillow: "
             f"PIL.ImageOps.fit(picture, ({width}, {height}), PIL.Image.Resampling.BICUBIC)"
         )
-    if len(found) == 2:
-        return f"repeat the grey channel: numpy.repeat(image[..., None], {channels}, axis=-1)"
-    if found[2] == 1:
-        return f"repeat the grey channel: numpy.repeat(image, {channels}, axis=-1)"
-    if found[2] == 4 and channels == 3:
+    if channels == 3 and given[2:] in ((), (1,)):
+        return "repeat the grey channel: numpy.repeat(image.reshape(*image.shape[:2], 1), 3, -1)"
+    if channels == 3 and given[2:] == (4,):
         return "drop the alpha channel: image[..., :3]"
     return f"convert it to {channels} channels, for instance with Pillow"

@@ -22,7 +22,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgeke.device.classifier import Classifier
-from edgeke.device.profile import Conditions
+from edgeke.device.profile import processor
 from edgeke.device.session import open_session
 from edgeke.device.timing import summary, time_interleaved
 from edgeke.errors import InputError, report
@@ -131,7 +131,7 @@ def measure(job: Job) -> tuple[Measurements, dict[str, NDArray[np.float32]]]:
             parts = _parts(images, 1 if setting.inputs else _BATCH)
             answers[name] = np.concatenate([runs[name](part)[0] for part in parts])
     machine = {
-        "processor": Conditions.here(_MODELS, (), first).machine,
+        "processor": processor(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,

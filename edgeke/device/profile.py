@@ -6,7 +6,7 @@ import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,30 +16,10 @@ import onnxruntime
 
 from edgeke.device.timing import summary, time_interleaved
 
-__all__ = ["Conditions", "Profile", "measure_costs", "read_profile", "write_profile"]
+__all__ = ["Profile", "conditions", "measure_costs", "processor", "read_profile", "write_profile"]
 
-_SCHEMA = 1
 # A deeper exit counts at least this much more than the one before it.
 _STEP = 1.001
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What costs depend on: a profile measured under other conditions is stale.
-
-    `macs` `[E]` stand for the network, `machine` for the device (its processor and cores).
-    """
-
-    model: str
-    macs: tuple[int, ...]
-    threads: int
-    onnxruntime: str
-    machine: str
-
-    @classmethod
-    def here(cls, model: Path, macs: Sequence[int], threads: int) -> "Conditions":
-        """The conditions of this process."""
-        return cls(model.name, tuple(macs), threads, onnxruntime.__version__, _machine())
 
 
 @dataclass(frozen=True)
@@ -71,35 +51,68 @@ def measure_costs(run: Callable[[int], Any], exits: int, rounds: int, seconds: f
     )
 
 
-def read_profile(path: Path, conditions: Conditions) -> Profile | None:
-    """The profile measured under these very conditions, if the file holds one.
+def conditions(model: Path, macs: Sequence[int], threads: int) -> str:
+    """What costs depend on, in words: a profile measured under other conditions is stale.
 
-    A file that cannot be read counts as absent, with a warning; so does a senseless entry.
+    MACs `[E]` stand for the network.
     """
-    for entry in _entries(path):
-        if _same(entry, conditions):
-            return _sound(entry, len(conditions.macs))
-    return None
+    network = f"{model.name} of {'/'.join(map(str, macs))} MACs"
+    return f"{network}, {threads} threads, onnxruntime {onnxruntime.__version__}, {processor()}"
 
 
-def write_profile(path: Path, conditions: Conditions, profile: Profile) -> bool:
+def processor() -> str:
+    """This device in words: architecture, cores, and the processor's or the board's own name."""
+    name = platform.processor()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model"):
+                name = value.strip()
+    except OSError:
+        pass
+    return f"{platform.machine()}, {os.cpu_count()} cores, {name or 'unknown processor'}"
+
+
+def read_profile(path: Path, conditions: str, exits: int) -> Profile | None:
+    """The profile of so many exits measured under these very conditions, if the file has one.
+
+    A file that cannot be read counts as absent, with a warning; so does an entry that is no
+    profile, without.
+    """
+    try:
+        entry = _entries(path)[conditions]
+        profile = Profile(
+            tuple(map(float, entry["median_ms"])),
+            tuple(map(float, entry["p95_ms"])),
+            int(entry["rounds"]),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    for values in (profile.median_ms, profile.p95_ms):
+        increase = all(a < b for a, b in zip((0.0, *values), (*values, math.inf), strict=True))
+        if len(values) != exits or not increase:
+            return None
+    return profile
+
+
+def write_profile(path: Path, conditions: str, profile: Profile) -> bool:
     """Put a profile into the file, in place of one of the same conditions; others stay.
 
     The file is replaced as a whole. Where the folder cannot be written to, a warning says so and
     False is returned.
     """
-    others = [entry for entry in _entries(path) if not _same(entry, conditions)]
-    content = {"schema": _SCHEMA, "profiles": [*others, {**asdict(conditions), **asdict(profile)}]}
-    temporary = None
+    content = _entries(path) | {conditions: asdict(profile)}
     try:
         handle, temporary = tempfile.mkstemp(prefix=".profile.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=2)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(content, file, indent=2)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except OSError:
             os.unlink(temporary)
+            raise
+    except OSError as error:
         warnings.warn(
             f"the profile is kept in memory alone, since {path} cannot be written ({error}); it "
             "will be measured again by the next process",
@@ -109,38 +122,16 @@ def write_profile(path: Path, conditions: Conditions, profile: Profile) -> bool:
     return True
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """The file's profiles; none where it is missing, unreadable or of another schema."""
+def _entries(path: Path) -> dict[str, Any]:
+    """The file's profiles by their conditions; none where it is missing or cannot be read."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        return []
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         warnings.warn(f"{path} cannot be read and is not used ({error})", stacklevel=2)
-        return []
-    if not isinstance(content, Mapping) or content.get("schema") != _SCHEMA:
-        return []
-    profiles = content.get("profiles")
-    return [e for e in profiles if isinstance(e, dict)] if isinstance(profiles, list) else []
-
-
-def _sound(entry: Mapping[str, Any], exits: int) -> Profile | None:
-    """The entry as a profile; None unless it has increasing finite numbers for every exit."""
-    try:
-        median, p95 = (tuple(map(float, entry[key])) for key in ("median_ms", "p95_ms"))
-        rounds = int(entry["rounds"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
-    for values in (median, p95):
-        increase = all(a < b for a, b in zip((0.0, *values), (*values, math.inf), strict=True))
-        if len(values) != exits or not increase:
-            return None
-    return Profile(median, p95, rounds)
-
-
-def _same(entry: Mapping[str, Any], conditions: Conditions) -> bool:
-    here = json.loads(json.dumps(asdict(conditions)))  # tuples as JSON gives them back
-    return all(entry.get(key) == value for key, value in here.items())
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _increasing(values: Sequence[float]) -> tuple[float, ...]:
@@ -149,16 +140,3 @@ def _increasing(values: Sequence[float]) -> tuple[float, ...]:
         least = increasing[-1] * _STEP if increasing else 1e-6
         increasing.append(max(value, least))
     return tuple(increasing)
-
-
-def _machine() -> str:
-    """This device in words: architecture, cores, and the processor's or the board's own name."""
-    name = ""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model"):
-                name = value.strip()
-    except OSError:
-        name = platform.processor()
-    return f"{platform.machine()}, {os.cpu_count()} cores, {name or 'unknown processor'}"

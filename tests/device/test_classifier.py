@@ -216,11 +216,14 @@ def test_int8_is_preferred_and_fp32_can_be_asked_for(bundle):
     [
         ("none", None, "none is missing; give a bundle folder"),
         ("segments", None, r"holds no edgeke\.int8\.onnx or edgeke\.onnx; copy the whole bundle"),
-        ("", "int8", r"holds no edgeke\.int8\.onnx, only fp32"),
-        ("", "bf16", "precision 'bf16' is unknown; use one of int8, fp32"),
-        ("edgeke.onnx", "int8", "one file, of precision fp32; to choose 'int8' give the folder"),
+        ("", "int8", r"has no model of precision 'int8', only fp32"),
+        ("edgeke.onnx", "bf16", r"has no model of precision 'bf16', only fp32"),
         ("policy.json", None, r"policy\.json is truncated or not an ONNX model"),
-        ("segments/fp32/0.onnx", None, "not one that EdgeKE composed: it lacks classes"),
+        (
+            "segments/fp32/0.onnx",
+            None,
+            "no one-file model of EdgeKE, or is damaged: its metadata lacks classes",
+        ),
     ],
 )
 def test_what_is_no_bundle_is_refused(bundle, path, precision, words):
@@ -271,11 +274,11 @@ def test_a_damaged_list_of_segments_is_named(bundle, images, before, after):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"policy": "{}"}, r"edgeke\.onnx: not an EdgeKE policy"),
-        ({"classes": "[1"}, "contradicts itself"),
-        ({"classes": '["one"]'}, "contradicts itself"),
-        ({"image_shape": "[8, 8, 3]"}, "contradicts itself"),
-        ({"bits": "99"}, "contradicts itself"),
+        ({"policy": "{}"}, "is damaged: not an EdgeKE policy"),
+        ({"classes": "[1"}, "is damaged: Expecting"),
+        ({"classes": '["one"]'}, "its metadata does not fit its graph"),
+        ({"image_shape": "[8, 8, 3]"}, "its metadata does not fit its graph"),
+        ({"bits": "99"}, "its metadata does not fit its graph"),
     ],
 )
 def test_changed_metadata_is_refused(bundle, changes, words):
@@ -294,7 +297,7 @@ def test_a_foreign_model_is_refused(tmp_path):
     )
     opset = [helper.make_opsetid("", 18)]
     onnx.save(helper.make_model(graph, ir_version=8, opset_imports=opset), tmp_path / "x.onnx")
-    with pytest.raises(InputError, match=r"x\.onnx is an ONNX model, but not one that EdgeKE"):
+    with pytest.raises(InputError, match=r"x\.onnx is no one-file model of EdgeKE"):
         Classifier(tmp_path / "x.onnx")
 
 

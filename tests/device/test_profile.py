@@ -2,6 +2,7 @@ import json
 import os
 import stat
 from functools import partial
+from pathlib import Path
 
 import pytest
 from toys import replace
@@ -10,8 +11,8 @@ from edgeke.device import profile as module
 from edgeke.device import timing
 from edgeke.device.classifier import Classifier
 from edgeke.device.profile import (
-    Conditions,
     Profile,
+    conditions,
     measure_costs,
     read_profile,
     write_profile,
@@ -19,7 +20,7 @@ from edgeke.device.profile import (
 from edgeke.device.timing import summary, time_interleaved
 from edgeke.errors import InputError
 
-HERE = Conditions("edgeke.onnx", (10, 20), 1, "1.31.1", "a machine")
+HERE = conditions(Path("edgeke.onnx"), (10, 20), 1)
 PROFILE = Profile((1.0, 2.0), (1.5, 2.5), 20)
 
 
@@ -38,46 +39,45 @@ def test_a_real_profile_increases_and_is_kept(bundle, images):
     assert [path.name for path in bundle.iterdir() if path.name.startswith(".")] == []
 
 
-def test_several_conditions_share_a_file(tmp_path):
+def test_several_conditions_share_a_file(tmp_path, monkeypatch):
     path = tmp_path / "profile.json"
-    assert read_profile(path, HERE) is None
+    assert read_profile(path, HERE, 2) is None
     assert write_profile(path, HERE, PROFILE)
-    assert read_profile(path, HERE) == PROFILE
-    changes = {
-        "model": "edgeke.int8.onnx",
-        "macs": (10, 21),
-        "threads": 2,
-        "onnxruntime": "1.15.1",
-        "machine": "another",
-    }
-    for key, value in changes.items():
-        other = replace(HERE, **{key: value})
-        assert read_profile(path, other) is None, key
+    others = [
+        conditions(Path("edgeke.int8.onnx"), (10, 20), 1),
+        conditions(Path("edgeke.onnx"), (10, 21), 1),
+        conditions(Path("edgeke.onnx"), (10, 20), 2),
+    ]
+    monkeypatch.setattr(module.onnxruntime, "__version__", "1.15.1")
+    others.append(conditions(Path("edgeke.onnx"), (10, 20), 1))
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "processor", lambda: "another board")
+    others.append(conditions(Path("edgeke.onnx"), (10, 20), 1))
+    for other in others:
+        assert read_profile(path, other, 2) is None, other
         write_profile(path, other, replace(PROFILE, rounds=7))
-    assert read_profile(path, HERE) == PROFILE
+    assert read_profile(path, HERE, 2) == PROFILE
     write_profile(path, HERE, replace(PROFILE, rounds=99))
-    assert read_profile(path, HERE).rounds == 99
-    assert len(json.loads(path.read_text())["profiles"]) == 1 + len(changes)
+    assert read_profile(path, HERE, 2).rounds == 99
+    assert len(json.loads(path.read_text())) == 1 + len(others)
     assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read and is not used")
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"schema": 0, "profiles": []}', '{"schema": 1}', 100_000 * "["]
-)
-def test_a_file_of_another_schema_counts_as_absent(tmp_path, text):
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": 1, "profiles": []}', 100_000 * "["])
+def test_another_file_counts_as_absent(tmp_path, text):
     (tmp_path / "profile.json").write_text(text)
-    assert read_profile(tmp_path / "profile.json", HERE) is None
+    assert read_profile(tmp_path / "profile.json", HERE, 2) is None
 
 
 def test_a_damaged_file_is_named_and_replaced(tmp_path):
     path = tmp_path / "profile.json"
-    path.write_text('{"schema": 1, "prof')
+    path.write_text('{"edgeke')
     with pytest.warns(UserWarning, match=r"profile\.json cannot be read and is not used"):
-        assert read_profile(path, HERE) is None
+        assert read_profile(path, HERE, 2) is None
     with pytest.warns(UserWarning, match="cannot be read"):
         write_profile(path, HERE, PROFILE)
-    assert read_profile(path, HERE) == PROFILE
+    assert read_profile(path, HERE, 2) == PROFILE
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_a_senseless_entry_is_not_used(tmp_path, change):
     path = tmp_path / "profile.json"
     write_profile(path, HERE, PROFILE)
     content = json.loads(path.read_text())
-    content["profiles"][0] |= change
+    content[HERE] |= change
     path.write_text(json.dumps(content))
-    assert read_profile(path, HERE) is None
+    assert read_profile(path, HERE, 2) is None
 
 
 def test_a_folder_that_cannot_be_written_keeps_costs_in_memory(bundle, monkeypatch):
-    def refuse(*of: object, **more: object) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     classifier = Classifier(bundle)
@@ -110,19 +110,19 @@ def test_a_failed_replacement_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "profile.json"
     write_profile(path, HERE, PROFILE)
 
-    def full(*of: object) -> None:
+    def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.warns(UserWarning, match="No space left"):
         assert not write_profile(path, HERE, replace(PROFILE, rounds=1))
-    assert read_profile(path, HERE) == PROFILE
+    assert read_profile(path, HERE, 2) == PROFILE
     assert [child.name for child in tmp_path.iterdir()] == ["profile.json"]
 
 
 def test_noise_that_turns_the_order_is_mended(monkeypatch):
     taken = {"0": [3.0] * 20, "1": [2.0] * 20, "2": [5.0] * 20, "3": [5.0] * 20}
-    monkeypatch.setattr(module, "time_interleaved", lambda *of: taken)
+    monkeypatch.setattr(module, "time_interleaved", lambda *arguments: taken)
     found = measure_costs(lambda exit: None, 4, 20, 5.0)
     assert found.median_ms == pytest.approx((3.0, 3.003, 5.0, 5.005))
     assert found.p95_ms == found.median_ms
