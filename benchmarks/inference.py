@@ -8,6 +8,7 @@ else the raw bytes. Prints a table per number of threads and, last, one JSON lin
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import math
@@ -28,10 +29,11 @@ from edgeke.device.timing import time_interleaved
 from edgeke.graph.compose import compose_cascade
 from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.segments import export_segments, export_static
-from edgeke.networks.architecture import Architecture, block_names
+from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.networks.heads import branch_head, main_head
-from edgeke.networks.resnet import make_block
+from edgeke.networks.heads import branch_head, linear_head
+from edgeke.networks.layouts import single_exit, with_layout
+from edgeke.networks.resnet import resnet18
 
 Call = Callable[[], Any]
 
@@ -42,22 +44,18 @@ PRECISIONS = ("fp32", "int8")
 class Published(nn.Module):
     """The published layout and its cascade: layer3 is computed twice."""
 
-    def __init__(self, plain: Architecture) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        names, width = block_names(plain.backbone), plain.width
-
-        def blocks(*starts: str) -> nn.Sequential:
-            chosen = [name for name in names if name.startswith(starts)]
-            return nn.Sequential(*(make_block(plain, name) for name in chosen))
-
-        self.fronts = nn.ModuleList(
-            [blocks("stem", "layer1", "layer2"), blocks("layer3"), nn.Identity()]
-        )
+        network = resnet18(backbone)
+        width = network.stem.conv.out_channels
+        layer3, layer4 = network.layer3, network.layer4
+        first = nn.Sequential(network.stem, network.layer1, network.layer2)
+        self.fronts = nn.ModuleList([first, layer3, nn.Identity()])
         self.branches = nn.ModuleList(
             [
-                nn.Sequential(blocks("layer3"), branch_head(4 * width, CLASSES)),
-                nn.Sequential(blocks("layer4.0"), branch_head(8 * width, CLASSES)),
-                nn.Sequential(blocks("layer4"), main_head(8 * width, CLASSES)),
+                nn.Sequential(copy.deepcopy(layer3), branch_head(4 * width, CLASSES)),
+                nn.Sequential(copy.deepcopy(layer4[0]), branch_head(8 * width, CLASSES)),
+                nn.Sequential(layer4, linear_head(8 * width, CLASSES)),
             ]
         )
 
@@ -113,7 +111,7 @@ def in_torch(plain: BranchyNet, image: NDArray[np.uint8]) -> dict[str, Call]:
     """The plain network eager, and the published layout at each of its exits."""
     # Contiguous: with the strides of the raw bytes PyTorch takes twice as long.
     ready = torch.from_numpy(image).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.25)
-    published = Published(plain.architecture).eval()
+    published = Published(plain.architecture.backbone).eval()
 
     def run(module: nn.Module, *inputs: Any) -> Any:
         with torch.inference_mode():
@@ -226,9 +224,9 @@ def main() -> None:
     if not has_openvino():
         print("OpenVINO is left out: it comes with requirements-test.txt")
     torch.manual_seed(0)
-    size = ("resnet18", options.width, CHANNELS, CLASSES)
-    network = BranchyNet(Architecture.with_layout(options.layout, *size)).eval()
-    plain, exits = BranchyNet(Architecture.single(*size)).eval(), len(network.exits)
+    backbone = Backbone("resnet18", CHANNELS, CLASSES, SIDE, options.width)
+    network = BranchyNet(with_layout(options.layout, backbone)).eval()
+    plain, exits = BranchyNet(single_exit(backbone)).eval(), len(network.exits)
     files, results = build(network, plain), {}
     for threads in options.threads:
         named = calls(plain, files, exits, threads)

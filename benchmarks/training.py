@@ -36,8 +36,9 @@ from edgeke.data.augment import Augment, Normalise
 from edgeke.learning.objectives import make_objective
 from edgeke.learning.orders import ORDERS
 from edgeke.learning.phases import phase_network
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import single_exit, with_layout
 from edgeke.params import KD, Augmentation
 
 CLASSES = 100
@@ -48,8 +49,8 @@ Step = Callable[[], None]
 def networks(width: int, device: torch.device) -> tuple[BranchyNet, BranchyNet]:
     """A fresh student and teacher."""
     torch.manual_seed(0)
-    student = BranchyNet(Architecture.single("resnet18", width, 3, CLASSES))
-    teacher = BranchyNet(Architecture.single("resnet34", width, 3, CLASSES))
+    student = BranchyNet(single_exit(Backbone("resnet18", 3, CLASSES, 32, width)))
+    teacher = BranchyNet(single_exit(Backbone("resnet34", 3, CLASSES, 32, width)))
     return student.to(device).train(), teacher.to(device)
 
 
@@ -146,7 +147,7 @@ def order_steps(width: int, batch: int, device: torch.device) -> dict[str, Step]
     _, teacher = networks(width, device)
     steps: dict[str, Step] = {}
     for name, order in ORDERS.items():
-        built = Architecture.with_layout("edgeke", "resnet18", width, 3, CLASSES)
+        built = with_layout("edgeke", Backbone("resnet18", 3, CLASSES, 32, width))
         for phase in order(built.depths).phases:
             network = BranchyNet(built).to(device).train().to(memory_format=torch.channels_last)
             objective = make_objective(KL, teacher)

@@ -1,6 +1,7 @@
 """params.yaml as frozen pydantic dataclasses, checked as a whole before any work starts.
 
-Only a requirement's fields have defaults: every other value is in params.yaml, where DVC sees it.
+Only fields of a requirement and of a network have defaults: every other value is in params.yaml,
+where DVC sees it.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from edgeke.errors import InputError
 from edgeke.learning.orders import ORDERS
-from edgeke.networks.architecture import Architecture, ExitSpec
+from edgeke.networks.architecture import Backbone, ExitSpec, check_layout, exit_count
 from edgeke.remote import ssh_command
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -86,12 +87,13 @@ class KD:
 class BranchyNet:
     """Where the exits are, and how they are trained.
 
-    `layout` is a name, or a list of `{attach: ..., kind: ...}` for the exits before the main one.
+    `layout` is a name, or a list of shares of the network's operations or `{attach: ..., kind:
+    ...}`, one for each exit before the main one.
     When exits learn together, `main_weight` is the main exit's share of the loss, and with
     `detach` the early exits' losses do not reach the trunk.
     """
 
-    layout: str | tuple[ExitSpec, ...]
+    layout: str | tuple[Part | ExitSpec, ...]
     order: Literal["independent", "synchronous", "asynchronous", "asynchronous_back", "mixed"]
     main_weight: Share
     detach: Switch
@@ -304,10 +306,22 @@ class Source:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Network:
-    """A backbone and the channels of its first stage."""
+    """A backbone: one of ours, of timm's, or the user's own (docs/backbones.md).
 
-    network: Literal["resnet10", "resnet18", "resnet34"]
-    width: Annotated[Whole, Field(ge=1, le=1024)]
+    `width`: channels of the first stage, of networks that have this choice. `stem: small`: no
+    halving at the beginning, for small images, of timm's networks.
+    """
+
+    network: str
+    width: Annotated[Whole, Field(ge=1, le=1024)] | None = None
+    stem: Literal["standard", "small"] = "standard"
+
+    def __post_init__(self) -> None:
+        self.backbone(1, 2, 8)  # refuses unknown names and choices
+
+    def backbone(self, channels: int, classes: int, image_size: int) -> Backbone:
+        """The network for such images and classes. Errors: InputError when there is none."""
+        return Backbone(self.network, channels, classes, image_size, self.width, self.stem)
 
 
 Rate = Annotated[Number, Field(gt=0, le=1000)]
@@ -463,32 +477,41 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
     augmentation = Augmentation(**vars(profile.augmentation), **vars(file.augmentation))
     params = Params(**shared, profile_name=file.profile, profile=profile, augmentation=augmentation)
     try:
-        _check_exits(params)
-    except ValueError as error:
+        check_layout(params.branchynet.layout)
+        exits = exit_count(params.branchynet.layout)
+        if exits is not None:
+            check_exits(params, exits)
+        _check_supervisor(params)
+    except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return params
 
 
-def _check_exits(params: Params) -> None:
-    """Refuse what does not fit the layout's exits or the order's phases."""
-    order = params.branchynet.order
-    # Classes and channels do not matter here: this checks attach points, kinds and their sequence.
-    network = params.profile.student.network
-    depths = Architecture.with_layout(params.branchynet.layout, network, 8, 1, 2).depths
-    shares = len(params.calibrate.shares(len(depths)))
-    if shares != len(depths):
-        raise ValueError(
-            f"calibrate.proportions has {shares} shares, the layout {len(depths)} exits; give as "
-            "many, or one number for all early exits"
+def check_exits(params: Params, exits: int) -> None:
+    """Refuse lists whose length does not fit the layout's exits or the order's phases.
+
+    Errors: InputError. A stage calls it once it knows the network, since the exits of some layouts
+    depend on it.
+    """
+    shares = len(params.calibrate.shares(exits))
+    if shares != exits:
+        raise InputError(
+            f"calibrate.proportions has {shares} shares, the layout {exits} exits; give as many, "
+            "or one number for all early exits"
         )
+    order, depths = params.branchynet.order, tuple(range(1, exits + 1))
     epochs, phases = params.profile.recipes.train_branchynet.epochs, ORDERS[order](depths).phases
     if isinstance(epochs, tuple) and len(epochs) != len(phases):
-        raise ValueError(
+        raise InputError(
             f"profiles.{params.profile_name}.recipes.train_branchynet.epochs = {_shown(epochs)}, "
             f"but order {order} has {len(phases)} phases; give as many numbers, or one for all"
         )
+
+
+def _check_supervisor(params: Params) -> None:
+    order = params.branchynet.order
     if params.kd.source != "teacher" and order in ("asynchronous_back", "independent"):
-        raise ValueError(
+        raise InputError(
             f"kd.source = {params.kd.source}, but with order {order} the main exit is not there "
             "to supervise the others; use -S kd.source=teacher"
         )

@@ -15,8 +15,9 @@ from pipelines import STAGES, clone_tree, ran, run
 from toys import CLASSES, SIZE, make_split, randomise
 
 from edgeke.data.dataset import Dataset, channel_statistics, save_dataset
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Architecture, Backbone
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import with_layout
 from edgeke.params import Augmentation, Optimisation, Plan, Recipe, Training
 
 
@@ -71,7 +72,7 @@ def _checkpoints_go_to_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture(scope="session")
 def architecture() -> Architecture:
     """The paper's layout on the smallest backbone."""
-    return Architecture.with_layout("edgeke", "resnet10", 4, 1, len(CLASSES))
+    return with_layout("edgeke", Backbone("resnet10", 1, len(CLASSES), SIZE, 4))
 
 
 @pytest.fixture

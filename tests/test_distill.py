@@ -11,8 +11,9 @@ from workplaces import finish, start, wait_until, write_params
 from edgeke.distill import branch_metrics, distill
 from edgeke.learning.checkpoints import Preprocessing, save_checkpoint
 from edgeke.learning.distances import DISTANCES
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import single_exit
 from edgeke.params import KD
 
 KL = KD("kl", 0.5, 4.0, "teacher", False)
@@ -25,7 +26,7 @@ def quiet(epoch: int, row: dict[str, float]) -> None:
 @pytest.fixture
 def teacher(dataset) -> BranchyNet:
     torch.manual_seed(3)
-    return BranchyNet(Architecture.single("resnet10", 4, 1, len(dataset.classes))).eval()
+    return BranchyNet(single_exit(Backbone("resnet10", 1, len(dataset.classes), 8, 4))).eval()
 
 
 @pytest.mark.parametrize("distance", [*DISTANCES, "none"])

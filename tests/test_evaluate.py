@@ -17,8 +17,9 @@ from edgeke.evaluate import Evaluation, evaluate, headline, kept
 from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import with_layout
 from edgeke.params import Calibrate, Evaluate, Proportions, Requirement
 from edgeke.policy.cascade import run_cascade
 
@@ -34,7 +35,7 @@ PREFIXES = {"fp32": "test/", "int8": "test/int8/"}
 def built(dataset, tmp_path_factory):
     """A whole bundle: segments, composed files and static networks in both precisions."""
     models = tmp_path_factory.mktemp("models")
-    network = randomise(BranchyNet(Architecture.with_layout("edgeke", "resnet10", 4, 1, 3)))
+    network = randomise(BranchyNet(with_layout("edgeke", Backbone("resnet10", 1, 3, SIZE, 4))))
     segments = export_segments(network, dataset.mean, dataset.std, SIZE)
     images = channels_last(dataset["train"].images)
     both = {"fp32": segments, "int8": quantise_segments(segments, images)}

@@ -17,9 +17,10 @@ from edgeke.export import export
 from edgeke.graph import segments
 from edgeke.learning.checkpoints import Preprocessing
 from edgeke.learning.predict import predict
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.cost import exit_costs
+from edgeke.networks.layouts import single_exit
 from edgeke.params import Export
 
 SETTINGS = Export(
@@ -30,7 +31,7 @@ SETTINGS = Export(
 @pytest.fixture
 def static(network) -> dict[str, BranchyNet]:
     """Networks without early exits: teacher, main exit, plain main network, a branch alone."""
-    teacher = randomise(BranchyNet(Architecture.single("resnet10", 8, 1, 3)), seed=1)
+    teacher = randomise(BranchyNet(single_exit(Backbone("resnet10", 1, 3, SIZE, 8))), seed=1)
     plain = randomise(network.branch(-1), seed=2)
     return {
         "teacher": teacher, "main": network.branch(-1), "plain": plain,

@@ -56,9 +56,16 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
         ("branchynet.layout", [{"attach": "layer1.0"}], ["branchynet.layout[0].kind", "missing"]),
         (
             "branchynet.layout",
-            [{"attach": "layer9.0", "kind": "linear"}],
-            ["layer9.0", "attach it to one of stem, layer1.0"],
+            [0.5, {"attach": 0.2, "kind": "linear"}],
+            ["branchynet.layout = [0.5, 0.2]", "smaller shares first"],
         ),
+        ("branchynet.layout", [0.5, 2], ["branchynet.layout"]),
+        (
+            "profiles.tiny.student.network",
+            "resnet81",
+            ["'resnet81' is unknown", "did you mean res"],
+        ),
+        ("profiles.tiny.student.network", "timm/resnet18", ["width = 8", "remove the key"]),
         ("branchynet.main_weight", 2, ["branchynet.main_weight = 2"]),
         ("optimisation.weight_decay", 1e300, ["optimisation.weight_decay = 1e+300"]),
         ("optimisation.milestones", [0.5, 0], ["optimisation.milestones[1] = 0", "than 0"]),
@@ -132,6 +139,7 @@ def test_the_main_exit_cannot_supervise_where_it_is_not_there(content, order):
     [
         ("edgeke", 3),
         ("stages", 4),
+        ([0.1, 0.25, 0.5], 4),
         ([{"attach": "layer1.1", "kind": "linear"}], 2),
     ],
 )

@@ -8,8 +8,9 @@ from edgeke.learning.fit import fit
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
 from edgeke.learning.orders import ORDERS
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import single_exit
 from edgeke.params import KD
 from edgeke.train_branchynet import exit_metrics, train_branchynet
 
@@ -107,7 +108,7 @@ def test_detached_exits_leave_trunk_and_main_exit_alone(dataset, architecture, p
 @pytest.mark.parametrize("order", ["asynchronous", "synchronous", "mixed"])
 @pytest.mark.parametrize("source", ["teacher", "main", "both"])
 def test_every_source_supervises(dataset, architecture, plan, order, source):
-    teacher = randomise(BranchyNet(Architecture.single("resnet10", 8, 1, 3)), seed=9)
+    teacher = randomise(BranchyNet(single_exit(Backbone("resnet10", 1, 3, 8, 8))), seed=9)
     kd = KD("kl", 0.9, 4.0, source, False)
     before = copy.deepcopy(teacher)
     guided, *_ = train(dataset, architecture, order, plan, kd, teacher)

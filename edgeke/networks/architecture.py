@@ -1,53 +1,145 @@
-"""Networks as plain data: block names, exits and layouts. No torch here, so checks stay cheap."""
+"""Networks as plain data: a backbone and the exits attached to it. No torch here."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from edgeke.errors import InputError
 
 __all__ = [
-    "BACKBONES",
     "KINDS",
     "LAYOUTS",
+    "NETWORKS",
+    "TIMM",
     "Architecture",
+    "Backbone",
     "ExitSpec",
     "Layout",
-    "block_names",
-    "layout_exits",
+    "check_layout",
+    "exit_count",
 ]
 
-# Residual blocks in each of the four stages (He et al. 2016, table 1).
-BACKBONES: dict[str, tuple[int, int, int, int]] = {
-    "resnet10": (1, 1, 1, 1),
-    "resnet18": (2, 2, 2, 2),
-    "resnet34": (3, 4, 6, 3),
+# Every network that is not timm's: its name in params.yaml, and the function or class that builds
+# it from a `Backbone`. Add a network of your own here; docs/backbones.md has an example.
+NETWORKS: dict[str, str] = {
+    "resnet10": "edgeke.networks.resnet:resnet10",
+    "resnet18": "edgeke.networks.resnet:resnet18",
+    "resnet34": "edgeke.networks.resnet:resnet34",
 }
 
+# What stands before the name of one of timm's networks.
+TIMM = "timm/"
+
 LAYOUTS = ("edgeke", "stages")
-KINDS = ("branch", "attention", "separable", "linear")
+KINDS = ("branch", "attention", "separable", "linear", "pooled")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A single-exit network, and the images and classes it is built for.
+
+    `network` is a name in `NETWORKS`, or `timm/<name>`. `width`: channels of the first stage, for
+    networks that have such a choice. `stem: small` removes the first halvings of one of timm's
+    networks (stride 1, no pooling), for images of 32x32.
+    """
+
+    network: str
+    channels: int
+    classes: int
+    image_size: int
+    width: int | None = None
+    stem: Literal["standard", "small"] = "standard"
+
+    def __post_init__(self) -> None:
+        if self.network.startswith(TIMM):
+            if self.width is not None:
+                raise InputError(
+                    f"width = {self.width}: {self.network} has the widths that its name says; "
+                    "remove the key"
+                )
+            return
+        if self.network not in NETWORKS:
+            near = difflib.get_close_matches(self.network, NETWORKS, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise InputError(
+                f"network {self.network!r} is unknown; {meant}use one of {', '.join(NETWORKS)}, or "
+                "timm/<name> for one of timm's"
+            )
+        if self.stem != "standard":
+            raise InputError(f"stem = {self.stem}: only timm's networks have this choice")
 
 
 @dataclass(frozen=True)
 class ExitSpec:
-    """One exit: the backbone block it is attached to, and its kind.
+    """One exit: the cut point of the backbone it is attached to, and its kind.
 
-    `branch`: its own copy of the backbone's next block, pooling and two linear layers (the paper's
-    early exits). `attention`: spatial attention and separable convolutions down to the last
-    stage's width, pooling and a linear layer (Zhang et al. 2021). `separable`: the same with fewer
-    convolutions and no attention, cheaper. `linear`: pooling and a linear layer. `main`: the
-    backbone's own classifier.
+    In a layout `attach` may also be a share of the backbone's MACs: the nearest cut point.
+
+    `pooled`: mean, maximum and standard deviation over positions, and a linear layer. `linear`:
+    the mean over positions, and a linear layer. `branch`: its own copy of the backbone's next
+    block, pooling and two linear layers (the paper's early exits). `attention`: spatial attention
+    and separable convolutions up to the last feature map's width, pooling and a linear layer
+    (Zhang et al. 2021). `separable`: the same with fewer convolutions and no attention, cheaper.
+    `main`: the rest of the backbone.
     """
 
-    attach: str
+    attach: str | float
     kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*KINDS, "main"):
+            raise InputError(f"exit kind {self.kind!r} is unknown; use one of {', '.join(KINDS)}")
 
     def __str__(self) -> str:
         return f"{self.attach}:{self.kind}"
 
 
-# A layout's name, or its early exits, shallow to deep; the main exit is added behind them.
-Layout = str | tuple[ExitSpec, ...]
+# A layout's name, or its early exits, shallow to deep: shares of MACs (an exit of the default kind
+# at the nearest cut point) or exits. The main exit is added after them.
+Layout = str | Sequence[float | ExitSpec]
+
+
+def check_layout(layout: Layout) -> None:
+    """Check all that can be checked without the network. Errors: InputError."""
+    if isinstance(layout, str):
+        if layout not in LAYOUTS:
+            raise InputError(
+                f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}, shares of the "
+                "network's operations such as [0.1, 0.25, 0.5], or exits such as "
+                "{attach: layer3.0, kind: pooled}"
+            )
+        return
+    if not layout:
+        raise InputError(
+            "branchynet.layout = [] leaves nothing to choose from: name an exit before the main "
+            "one, such as {attach: layer3.0, kind: branch}, shares of the network's operations, or "
+            f"one of {', '.join(LAYOUTS)}"
+        )
+    places = [item.attach if isinstance(item, ExitSpec) else item for item in layout]
+    shares = [place for place in places if not isinstance(place, str)]
+    if any(not 0 < share < 1 for share in shares):
+        raise InputError(
+            f"branchynet.layout = {shares}: a share of the network's operations lies between 0 "
+            "and 1"
+        )
+    if shares != sorted(shares):
+        raise InputError(
+            f"branchynet.layout = {shares}: list exits shallow to deep, smaller shares first"
+        )
+    twice = sorted({str(place) for place in places if places.count(place) > 1})
+    if twice:
+        raise InputError(
+            f"branchynet.layout attaches two exits to {', '.join(twice)}; attach each exit to "
+            "another place"
+        )
+
+
+def exit_count(layout: Layout) -> int | None:
+    """How many exits a layout has, the main one included; None where the network decides."""
+    if layout == "edgeke":
+        return 3
+    return None if isinstance(layout, str) else len(layout) + 1
 
 
 @dataclass(frozen=True)
@@ -58,67 +150,32 @@ class Architecture:
     Where `shared` is false every exit has a trunk of its own, and costs add up.
     """
 
-    backbone: str
-    width: int
-    channels: int
-    classes: int
+    backbone: Backbone
     exits: tuple[ExitSpec, ...]
     shared: bool = True
 
     def __post_init__(self) -> None:
-        names = block_names(self.backbone)
-        for spec in self.exits:
-            if spec.attach not in names:
-                raise InputError(
-                    f"exit attached to {spec.attach!r}, which {self.backbone} does not have; "
-                    f"attach it to one of {', '.join(names)}"
-                )
-            if spec.kind not in (*KINDS, "main"):
-                raise InputError(
-                    f"exit kind {spec.kind!r} is unknown; use one of {', '.join(KINDS)}"
-                )
-            if spec.kind == "branch" and spec.attach == names[-1]:
-                raise InputError(
-                    f"an exit of kind branch behind {spec.attach} has no next block to copy; "
-                    "attach it earlier, or use kind linear"
-                )
-        positions = [names.index(spec.attach) for spec in self.exits]
-        if not positions or any(b <= a for a, b in zip(positions, positions[1:], strict=False)):
-            raise InputError(
-                f"exits must be attached shallow to deep, each behind the one before; got "
-                f"{[spec.attach for spec in self.exits]}"
-            )
+        if not self.exits:
+            raise InputError("a network needs at least one exit")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.backbone.channels
+
+    @property
+    def classes(self) -> int:
+        """The number of classes, K."""
+        return self.backbone.classes
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """How many backbone blocks lie in front of each exit, `[E]`."""
-        names = block_names(self.backbone)
-        return tuple(names.index(spec.attach) + 1 for spec in self.exits)
-
-    @classmethod
-    def single(cls, backbone: str, width: int, channels: int, classes: int) -> "Architecture":
-        """The plain backbone, answering at its end."""
-        main = ExitSpec(block_names(backbone)[-1], "main")
-        return cls(backbone, width, channels, classes, (main,))
-
-    @classmethod
-    def with_layout(
-        cls,
-        layout: Layout,
-        backbone: str,
-        width: int,
-        channels: int,
-        classes: int,
-        shared: bool = True,
-    ) -> "Architecture":
-        """The backbone with the exits of a layout."""
-        return cls(backbone, width, channels, classes, layout_exits(layout, backbone), shared)
+        """How many trunk blocks come before each exit where the trunk is shared, `[E]`."""
+        return tuple(range(1, len(self.exits) + 1))
 
     def branch(self, exit: int) -> "Architecture":
         """Exit number `exit` seen alone, whether the others shared its trunk or not."""
-        return Architecture(
-            self.backbone, self.width, self.channels, self.classes, (self.exits[exit],)
-        )
+        return Architecture(self.backbone, (self.exits[exit],))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back."""
@@ -128,48 +185,11 @@ class Architecture:
     def from_json(cls, content: dict[str, Any]) -> "Architecture":
         """Rebuild an architecture. Errors: InputError when keys are missing or unknown."""
         try:
+            backbone = Backbone(**content["backbone"])
             exits = tuple(ExitSpec(**spec) for spec in content["exits"])
-            return cls(**{**content, "exits": exits})
+            return cls(**{**content, "backbone": backbone, "exits": exits})
         except (KeyError, TypeError) as error:
             raise InputError(
                 f"not the description of an EdgeKE network ({error}); delete the checkpoint and "
                 "run `dvc repro`"
             ) from error
-
-
-def block_names(backbone: str) -> tuple[str, ...]:
-    """The blocks of a backbone in order: stem, layer1.0, layer1.1, ..."""
-    if backbone not in BACKBONES:
-        raise InputError(f"network {backbone!r} is unknown; use one of {', '.join(BACKBONES)}")
-    counts: Sequence[int] = BACKBONES[backbone]
-    blocks = [f"layer{stage}.{i}" for stage, n in enumerate(counts, 1) for i in range(n)]
-    return ("stem", *blocks)
-
-
-def layout_exits(layout: Layout, backbone: str) -> tuple[ExitSpec, ...]:
-    """The exits of a layout on a backbone, shallow to deep, the main exit last.
-
-    `edgeke`, the paper's three: a branch that shares all but the last block of layer3, a branch
-    that shares layer3, and the backbone itself (on ResNet18: layer3.0, layer3.1, layer4.1).
-    `stages`: an attention exit after each stage but the last, and the backbone itself.
-    Errors: InputError when an attach point does not exist or exits are out of order.
-    """
-    names = block_names(backbone)
-    main = ExitSpec(names[-1], "main")
-    ends = [names[names.index(f"layer{stage}.0") - 1] for stage in (2, 3, 4)]
-    if layout == "edgeke":
-        before = names[names.index(ends[2]) - 1]
-        return (ExitSpec(before, "branch"), ExitSpec(ends[2], "branch"), main)
-    if layout == "stages":
-        return (*(ExitSpec(end, "attention") for end in ends), main)
-    if isinstance(layout, str):
-        raise InputError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
-    if not layout:
-        raise InputError(
-            "branchynet.layout = [] leaves nothing to choose from: name an exit before the main "
-            "one, such as {attach: layer3.0, kind: branch}, or use one of "
-            f"{', '.join(LAYOUTS)}"
-        )
-    exits = (*layout, main)
-    Architecture(backbone, 1, 1, 2, exits)  # checks names, kinds and order
-    return exits

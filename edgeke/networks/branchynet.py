@@ -1,50 +1,80 @@
-"""The multi-exit network: a trunk that is computed once, and exits attached to its blocks."""
+"""The multi-exit network: a trunk that is computed once, and exits attached to its cut points."""
+
+import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from edgeke.errors import InputError
-from edgeke.networks.architecture import Architecture, ExitSpec, block_names
-from edgeke.networks.heads import attention_body, branch_head, main_head, separable_body
-from edgeke.networks.resnet import block_channels, make_block
+from edgeke.networks.architecture import Architecture, ExitSpec
+from edgeke.networks.build import build_network
+from edgeke.networks.heads import (
+    attention_body,
+    branch_head,
+    linear_head,
+    pooled_head,
+    separable_body,
+)
+from edgeke.networks.layouts import attach_points
+from edgeke.networks.tracing import CutPoint, Traced, trace
 
 __all__ = ["BranchyNet", "Exit"]
 
 _BODIES = {"attention": attention_body, "separable": separable_body}
+_HEADS = {"linear": linear_head, "pooled": pooled_head}
 
 
 class Exit(nn.Module):
-    """A place to answer: the branch body (may be empty) and the head."""
+    """A place to answer: a trunk of its own and a body, both of which may be empty, and a head."""
 
-    def __init__(self, body: nn.Sequential, head: nn.Sequential) -> None:
+    def __init__(self, trunk: nn.Module, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
+        self.trunk = trunk
         self.body = body
         self.head = head
 
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.body(features))
+        logits: Tensor = self.head(self.body(self.trunk(features)))
         return logits
 
 
 class BranchyNet(nn.Module):
     """Trunk and exits (Teerapittayanon et al. 2016), built from an `Architecture`.
 
-    With one exit it is a plain network: a teacher, or one branch seen alone. `attached[e]` counts
-    the trunk blocks in front of exit e. Where nothing is shared the trunk is empty, and every
-    exit's body begins with blocks of its own.
+    With one exit it is a plain network: a teacher, or one branch seen alone. `trunk` has one block
+    per exit, from the attach point before it to its own; `attached[e]` counts the blocks before
+    exit e. Where nothing is shared the trunk is empty, and every exit has a trunk of its own.
+
+    `weights` are initial ones of the backbone, by its own parameter names. In the network's state
+    dict those names follow `backbone.` and, for the classifier, the main exit's `head.`.
+    Errors: InputError when an exit cannot be attached where the architecture says.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(
+        self, architecture: Architecture, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.architecture = architecture
-        names, depths = block_names(architecture.backbone), architecture.depths
-        self.attached = depths if architecture.shared else (0,) * len(depths)
-        self.trunk = nn.ModuleList(
-            make_block(architecture, name) for name in names[: self.attached[-1]]
-        )
+        traced = trace(architecture.backbone)
+        cuts = attach_points(architecture, traced)
+        network = build_network(architecture.backbone)
+        if weights is not None:
+            network.load_state_dict(weights)
+        count = len(cuts)
+        self.attached = tuple(range(1, count + 1)) if architecture.shared else (0,) * count
+        self.backbone: nn.Module = nn.Sequential()
+        # Views of the backbone: they share its modules and are not registered a second time.
+        self.trunk: list[nn.Module] = []
+        if architecture.shared:
+            self.backbone = traced.part(network, None, cuts[-1])
+            starts = (None, *cuts[:-1])
+            self.trunk = [
+                traced.part(network, start, end) for start, end in zip(starts, cuts, strict=True)
+            ]
         self.exits = nn.ModuleList(
-            _make_exit(architecture, spec, names[end:depth])
-            for spec, end, depth in zip(architecture.exits, self.attached, depths, strict=True)
+            _make_exit(spec, cut, traced, network, architecture.shared)
+            for spec, cut in zip(architecture.exits, cuts, strict=True)
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -57,7 +87,7 @@ class BranchyNet(nn.Module):
         return torch.stack(logits)
 
     def through(self, features: Tensor, start: int, end: int) -> Tensor:
-        """Features behind trunk block `end - 1`, given those in front of block `start`."""
+        """Features after trunk block `end - 1`, given those before block `start`."""
         for block in self.trunk[start:end]:
             features = block(features)
         return features
@@ -69,38 +99,56 @@ class BranchyNet(nn.Module):
                 f"branch {exit} was distilled for another network than the student in params.yaml;"
                 " run `dvc repro distill`"
             )
-        self._path(exit).load_state_dict(branch._path(0).state_dict())
+        self._take_over(self._path(exit), branch._path(0))
 
     def branch(self, exit: int) -> "BranchyNet":
         """A copy of exit `exit` seen alone."""
         alone = BranchyNet(self.architecture.branch(exit))
-        alone._path(0).load_state_dict(self._path(exit).state_dict())
+        self._take_over(alone._path(0), self._path(exit))
         return alone.train(self.training)
 
     def class_vectors(self) -> Tensor:
         """The last exit's linear weights, one row per class: `[K, D]`, without gradient."""
         head = self.get_submodule(f"exits.{len(self.exits) - 1}.head")
-        weight = next(p for p in reversed(list(head.parameters())) if p.dim() == 2)
-        return weight.detach()
+        weight = next(p for p in reversed(list(head.parameters())) if p.dim() > 1)
+        return weight.detach().flatten(1)
 
-    def _path(self, exit: int) -> nn.Sequential:
-        """Every module an image passes on its way to exit `exit` alone, in order."""
+    def backbone_state(self) -> dict[str, Tensor]:
+        """Weights of trunk and main exit by the backbone's own names, as the plain network's."""
+        head = self.get_submodule(f"exits.{len(self.exits) - 1}.head")
+        return {**self.backbone.state_dict(), **head.state_dict()}
+
+    def _path(self, exit: int) -> dict[str, Tensor]:
+        """All tensors that an image meets on its way to exit `exit` alone."""
         own = self.exits[exit]
         assert isinstance(own, Exit)
-        return nn.Sequential(*self.trunk[: self.attached[exit]], *own.body, *own.head)
+        tensors: dict[str, Tensor] = {}
+        for block in (*self.trunk[: self.attached[exit]], own.trunk):
+            block.state_dict(destination=tensors, prefix="trunk.")
+        own.body.state_dict(destination=tensors, prefix="body.")
+        own.head.state_dict(destination=tensors, prefix="head.")
+        return tensors
+
+    @staticmethod
+    @torch.no_grad()
+    def _take_over(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
 
 
-def _make_exit(architecture: Architecture, spec: ExitSpec, own: tuple[str, ...]) -> Exit:
-    """An exit whose body begins with the blocks `own` (none where the trunk is shared)."""
-    names, classes = block_names(architecture.backbone), architecture.classes
-    body = nn.Sequential(*(make_block(architecture, name) for name in own))
-    channels = block_channels(architecture, spec.attach)
+def _make_exit(
+    spec: ExitSpec, cut: CutPoint, traced: Traced, network: nn.Module, shared: bool
+) -> Exit:
+    trunk = nn.Sequential() if shared else copy.deepcopy(traced.part(network, None, cut))
+    classes, outputs = traced.backbone.classes, traced.cuts[-1].shape[0]
+    if spec.kind == "main":
+        return Exit(trunk, nn.Sequential(), traced.part(network, cut, None))
     if spec.kind == "branch":
-        copied = names[names.index(spec.attach) + 1]
-        body.append(make_block(architecture, copied))
-        return Exit(body, branch_head(block_channels(architecture, copied), classes))
+        end = traced.next_block(cut)
+        assert end is not None, "checked by attach_points"
+        block = copy.deepcopy(traced.part(network, cut, end))
+        return Exit(trunk, block, branch_head(end.shape[0], classes))
     if spec.kind in _BODIES:
-        last = block_channels(architecture, names[-1])
-        body.extend(_BODIES[spec.kind](channels, last))
-        return Exit(body, main_head(last, classes))
-    return Exit(body, main_head(channels, classes))
+        body = _BODIES[spec.kind](cut.shape, outputs)
+        return Exit(trunk, body, linear_head(max(cut.shape[0], outputs), classes))
+    return Exit(trunk, nn.Sequential(), _HEADS[spec.kind](cut.shape[0], classes))

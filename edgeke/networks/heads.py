@@ -1,9 +1,19 @@
-"""What an exit puts between features and logits: bodies and heads."""
+"""What an exit puts between a feature map and logits: bodies and heads."""
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-__all__ = ["Attention", "attention_body", "branch_head", "main_head", "separable_body"]
+__all__ = [
+    "Attention",
+    "Statistics",
+    "attention_body",
+    "branch_head",
+    "linear_head",
+    "pooled_head",
+    "separable_body",
+]
+
+_Shape = tuple[int, int, int]
 
 
 class Attention(nn.Module):
@@ -12,47 +22,74 @@ class Attention(nn.Module):
     As in self-distillation's heads (Zhang et al. 2021).
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, shape: _Shape) -> None:
         super().__init__()
-        self.mask = _separable(channels, channels, 2)
+        channels, height, width = shape
+        self.mask = nn.Sequential(
+            _separable(channels, channels, 2),
+            nn.Upsample(size=(height, width), mode="bilinear", align_corners=False),
+            nn.Sigmoid(),
+        )
 
     def forward(self, features: Tensor) -> Tensor:
-        small, size = self.mask(features), features.shape[-2:]
-        mask = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
-        return features * mask.sigmoid()
+        weighted: Tensor = features * self.mask(features)
+        return weighted
 
 
-def attention_body(channels: int, outputs: int) -> nn.Sequential:
+class Statistics(nn.Module):
+    """Mean, maximum and standard deviation over positions: `[N, C, H, W]` to `[N, 3 C]`."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features.float()  # in half precision the difference of squares is noise
+        mean = features.mean((2, 3))
+        # Rounding can make a variance negative, and the root has no slope at 0 (a 1x1 map).
+        variance = torch.relu((features * features).mean((2, 3)) - mean * mean)
+        return torch.cat([mean, features.amax((2, 3)), torch.sqrt(variance + 1e-5)], dim=1)
+
+
+def attention_body(shape: _Shape, outputs: int) -> nn.Sequential:
     """Attention, then separable convolutions that halve the side and double the channels.
 
-    Until `outputs` channels are reached: `[N, channels, H, W]` to `[N, outputs, H / 2^k, W / 2^k]`.
+    Until `outputs` channels are reached: `[N, C, H, W]` to `[N, outputs, H / 2^k, W / 2^k]`,
+    rounded up. A map that has `outputs` channels or more keeps its shape.
     """
-    layers: list[nn.Module] = [Attention(channels)]
-    while channels < outputs:
-        layers.append(_separable(channels, 2 * channels, 2))
-        channels *= 2
+    layers: list[nn.Module] = [Attention(shape)]
+    for channels, wider in _doublings(shape[0], outputs):
+        layers.append(_separable(channels, wider, 2))
     return nn.Sequential(*layers)
 
 
-def separable_body(channels: int, outputs: int) -> nn.Sequential:
+def separable_body(shape: _Shape, outputs: int) -> nn.Sequential:
     """Per halving one depthwise 3x3 and one pointwise convolution, and no attention.
 
     Shapes as `attention_body`; cheaper (docs/results.md).
     """
     layers: list[nn.Module] = []
-    while channels < outputs:
+    for channels, wider in _doublings(shape[0], outputs):
         layers += [
             nn.Conv2d(channels, channels, 3, 2, 1, groups=channels, bias=False),
-            nn.Conv2d(channels, 2 * channels, 1, bias=False),
-            nn.BatchNorm2d(2 * channels),
+            nn.Conv2d(channels, wider, 1, bias=False),
+            nn.BatchNorm2d(wider),
             nn.ReLU(),
         ]
-        channels *= 2
     return nn.Sequential(*layers)
 
 
-def main_head(channels: int, classes: int) -> nn.Sequential:
-    """The backbone's classifier: `[N, channels, H, W]` to logits `[N, classes]`."""
+def pooled_head(channels: int, classes: int) -> nn.Sequential:
+    """Statistics over positions, normalised, and a linear layer; no body before it.
+
+    What a fixed trunk knows at an early cut point is in the maximum and the deviation as much as
+    in the mean. All of it costs microseconds.
+    """
+    return nn.Sequential(
+        Statistics(),
+        nn.BatchNorm1d(3 * channels, affine=False),
+        nn.Linear(3 * channels, classes),
+    )
+
+
+def linear_head(channels: int, classes: int) -> nn.Sequential:
+    """The mean over positions and a linear layer: `[N, C, H, W]` to logits `[N, K]`."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(channels, classes))
 
 
@@ -64,6 +101,15 @@ def branch_head(channels: int, classes: int) -> nn.Sequential:
         nn.Linear(channels, channels),
         nn.Linear(channels, classes),
     )
+
+
+def _doublings(channels: int, outputs: int) -> list[tuple[int, int]]:
+    steps = []
+    while channels < outputs:
+        wider = min(2 * channels, outputs)
+        steps.append((channels, wider))
+        channels = wider
+    return steps
 
 
 def _separable(inputs: int, outputs: int, stride: int) -> nn.Sequential:

@@ -17,8 +17,9 @@ from edgeke.graph.runner import segment_logits
 from edgeke.graph.scores import build_score, score_constants
 from edgeke.graph.segments import export_segments
 from edgeke.learning.predict import predict
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import with_layout
 from edgeke.policy.cascade import run_cascade
 from edgeke.policy.learned import fit_learned
 
@@ -70,7 +71,7 @@ def test_segments_equal_pytorch_for_any_batch(network, dataset, images, segments
 @pytest.mark.parametrize(("layout", "shared"), [("stages", True), ("edgeke", False)])
 def test_other_networks_are_exported_alike(dataset, images, layout, shared):
     """Attention heads, and branches that share nothing."""
-    built = Architecture.with_layout(layout, "resnet10", 4, 1, len(CLASSES), shared)
+    built = with_layout(layout, Backbone("resnet10", 1, len(CLASSES), SIZE, 4), shared=shared)
     network = randomise(BranchyNet(built))
     models = export_segments(network, dataset.mean, dataset.std, SIZE)
     logits = segment_logits([m.SerializeToString() for m in models], channels_last(images), 1)

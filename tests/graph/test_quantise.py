@@ -11,14 +11,15 @@ from edgeke.device.session import open_session
 from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import single_exit, with_layout
 
 
 @pytest.fixture(scope="module", params=["edgeke", "stages"])
 def segments(dataset, request) -> list[onnx.ModelProto]:
     torch.manual_seed(0)
-    network = randomise(BranchyNet(Architecture.with_layout(request.param, "resnet10", 4, 1, 3)))
+    network = randomise(BranchyNet(with_layout(request.param, Backbone("resnet10", 1, 3, SIZE, 4))))
     return export_segments(network, dataset.mean, dataset.std, SIZE)
 
 
@@ -53,7 +54,7 @@ def test_the_runtime_computes_every_convolution_in_int8(network, dataset, tmp_pa
 
     for plain in (
         network,
-        BranchyNet(Architecture.with_layout("edgeke", "resnet10", 4, 1, 3)).eval(),
+        BranchyNet(with_layout("edgeke", Backbone("resnet10", 1, 3, SIZE, 4))).eval(),
     ):
         model = export_static(plain, dataset.mean, dataset.std, SIZE)
         small = quantise(model, channels_last(dataset["train"].images))
@@ -70,7 +71,7 @@ def test_the_runtime_computes_every_convolution_in_int8(network, dataset, tmp_pa
 
 
 def test_an_int8_file_is_smaller(dataset):
-    network = BranchyNet(Architecture.single("resnet10", 16, 1, 3)).eval()
+    network = BranchyNet(single_exit(Backbone("resnet10", 1, 3, SIZE, 16))).eval()
     model = export_static(network, dataset.mean, dataset.std, SIZE)
     small = quantise(model, channels_last(dataset["train"].images))
     assert len(small.SerializeToString()) < 0.4 * len(model.SerializeToString())

@@ -55,7 +55,7 @@ def test_a_truncated_file_is_refused(saved: Path, keep: int):
 def test_weights_of_another_network_are_refused(saved: Path):
     file = saved.with_suffix(".json")
     described = json.loads(file.read_text())
-    described["architecture"]["width"] = 8
+    described["architecture"]["backbone"]["width"] = 8
     file.write_text(json.dumps(described))
     with pytest.raises(InputError, match="not the checkpoint its JSON describes"):
         load_checkpoint(saved, CPU)

@@ -13,14 +13,15 @@ from edgeke.learning.objectives import CrossEntropy
 from edgeke.learning.predict import predict
 from edgeke.learning.resume import ResumeFile
 from edgeke.learning.schedules import learning_rate
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
+from edgeke.networks.layouts import single_exit
 
 CPU = torch.device("cpu")
 
 
 def train(dataset, plan, on_epoch=lambda epoch, row: None, width=4):
     return train_from_scratch(
-        Architecture.single("resnet10", width, 1, len(dataset.classes)),
+        single_exit(Backbone("resnet10", 1, len(dataset.classes), 8, width)),
         CrossEntropy(label_smoothing=plan.optimisation.label_smoothing),
         Images.of(dataset, CPU),
         plan,

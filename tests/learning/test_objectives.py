@@ -6,8 +6,9 @@ from toys import randomise, replace
 
 from edgeke.learning.distances import DISTANCES, js, kl, wasserstein
 from edgeke.learning.objectives import CrossEntropy, Distillation, make_objective
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import single_exit
 from edgeke.params import KD
 
 HALF = KD("kl", 0.5, 4.0, "teacher", False)
@@ -110,7 +111,7 @@ def test_mixed_targets_are_probabilities():
 
 
 def real_teacher() -> BranchyNet:
-    return randomise(BranchyNet(Architecture.single("resnet10", 4, 1, 3)))
+    return randomise(BranchyNet(single_exit(Backbone("resnet10", 1, 3, 8, 4))))
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, None])

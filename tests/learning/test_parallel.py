@@ -21,11 +21,12 @@ import torch
 from torch.nn import functional as F
 from toys import make_split, randomise
 from edgeke.learning import parallel
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import with_layout
 
 torch.manual_seed(0)
-network = randomise(BranchyNet(Architecture.with_layout("edgeke", "resnet10", 4, 1, 3)))
+network = randomise(BranchyNet(with_layout("edgeke", Backbone("resnet10", 1, 3, 8, 4))))
 parallel.start(12)
 together = parallel.wrap(network).eval()
 split = make_split(12, 0)

@@ -24,7 +24,8 @@ from edgeke.learning.resume import (
     load_optimiser,
     optimiser_tensors,
 )
-from edgeke.networks.architecture import Architecture
+from edgeke.networks.architecture import Backbone
+from edgeke.networks.layouts import single_exit
 
 
 def test_another_parameter_is_another_file(plan, monkeypatch):
@@ -84,7 +85,7 @@ def train(dataset, plan, slot: str, die_at: int | None = None) -> Trained | None
 
     try:
         return train_from_scratch(
-            Architecture.single("resnet10", 4, 1, 3),
+            single_exit(Backbone("resnet10", 1, 3, 8, 4)),
             CrossEntropy(),
             Images.of(dataset, torch.device("cpu")),
             plan,

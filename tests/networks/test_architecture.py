@@ -1,30 +1,9 @@
 import pytest
 
 from edgeke.errors import InputError
-from edgeke.networks.architecture import Architecture, ExitSpec, block_names, layout_exits
+from edgeke.networks.architecture import Architecture, Backbone, ExitSpec, check_layout
 
-
-def test_blocks_of_resnet18_in_order():
-    stages = [f"layer{s}.{i}" for s in (1, 2, 3, 4) for i in (0, 1)]
-    assert block_names("resnet18") == ("stem", *stages)
-    with pytest.raises(InputError, match="resnet18, resnet34"):
-        block_names("resnet19")
-
-
-def test_the_papers_layout():
-    # REFERENCE: shared up to layer3.0, up to layer3, and ResNet18 itself.
-    assert layout_exits("edgeke", "resnet18") == (
-        ExitSpec("layer3.0", "branch"),
-        ExitSpec("layer3.1", "branch"),
-        ExitSpec("layer4.1", "main"),
-    )
-    with pytest.raises(InputError, match="layout 'paper' is unknown; use one of edgeke, stages"):
-        layout_exits("paper", "resnet18")
-
-
-def test_a_layout_of_ones_own():
-    own = (ExitSpec("layer1.1", "linear"), ExitSpec("layer3.0", "attention"))
-    assert layout_exits(own, "resnet18") == (*own, ExitSpec("layer4.1", "main"))
+RESNET = Backbone("resnet10", 1, 3, 8, 4)
 
 
 def test_round_trip_through_json(architecture):
@@ -33,18 +12,41 @@ def test_round_trip_through_json(architecture):
         Architecture.from_json({"backbone": "resnet18"})
 
 
-def test_impossible_exits_are_refused():
-    with pytest.raises(InputError, match=r"layer9\.0.*attach it to one of stem, layer1\.0"):
-        Architecture("resnet10", 4, 1, 3, (ExitSpec("layer9.0", "main"),))
-    with pytest.raises(InputError, match="shallow to deep"):
-        Architecture(
-            "resnet10", 4, 1, 3, (ExitSpec("layer3.0", "branch"), ExitSpec("layer1.0", "main"))
-        )
-    with pytest.raises(InputError, match=r"branch behind layer4\.0 has no next block"):
-        layout_exits((ExitSpec("layer4.0", "branch"),), "resnet10")
-    with pytest.raises(InputError, match="exit kind 'side' is unknown"):
-        Architecture("resnet10", 4, 1, 3, (ExitSpec("layer3.0", "side"),))
-
-
 def test_a_branch_is_one_exit_alone(architecture):
     assert architecture.branch(1).exits == (architecture.exits[1],)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("resnet19", 1, 3, 8), "did you mean resnet18.*resnet10, resnet18, resnet34, or timm/"),
+        (("timm/resnet18", 1, 3, 32, 64), "remove the key"),
+        (("resnet18", 1, 3, 8, 4, "small"), "only timm's networks"),
+    ],
+)
+def test_a_backbone_that_cannot_be_is_refused_without_building_it(values, message):
+    with pytest.raises(InputError, match=message):
+        Backbone(*values)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("paper", "layout 'paper' is unknown; use one of edgeke, stages"),
+        ((), "leaves nothing to choose from"),
+        ((0.5, 1.5), "lies between 0 and 1"),
+        ((0.5, 0.2), "smaller shares first"),
+        ((0.5, 0.5), "two exits to 0.5"),
+        ((ExitSpec("stem", "linear"), ExitSpec("stem", "pooled")), "two exits to stem"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_without_the_network(layout, message):
+    with pytest.raises(InputError, match=message):
+        check_layout(layout)
+    check_layout("edgeke")
+    check_layout((0.1, ExitSpec(0.2, "linear"), ExitSpec("layer4.0", "pooled")))
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(InputError, match="exit kind 'side' is unknown; use one of branch"):
+        ExitSpec("layer3.0", "side")

@@ -6,9 +6,15 @@ import torch
 from toys import CLASSES, SIZE, randomise
 
 from edgeke.errors import InputError
-from edgeke.networks.architecture import Architecture, ExitSpec
+from edgeke.networks.architecture import KINDS, Architecture, Backbone, ExitSpec
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.cost import exit_costs
+from edgeke.networks.heads import Statistics
+from edgeke.networks.layouts import single_exit, with_layout
+from edgeke.networks.tracing import trace
+
+RESNET10 = Backbone("resnet10", 1, 3, SIZE, 4)
+RESNET18 = Backbone("resnet18", 3, 100, 32, 64)
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ def test_the_backbone_is_torchvisions_resnet(backbone):
     from torch import nn
     from torchvision import models
 
-    ours = randomise(BranchyNet(Architecture.single(backbone, 64, 3, 10)))
+    ours = randomise(BranchyNet(single_exit(Backbone(backbone, 3, 10, 32, 64))))
     theirs = getattr(models, backbone)(num_classes=10)
     theirs.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     theirs.maxpool = nn.Identity()
@@ -74,11 +80,11 @@ def test_the_backbone_is_torchvisions_resnet(backbone):
 
 def test_macs_of_the_papers_networks():
     # REFERENCE: ResNet18 has 555 M MACs; exit 0 costs 75.8 % of it.
-    alone = exit_costs(BranchyNet(Architecture.single("resnet18", 64, 3, 100)), 32)[0]
+    alone = exit_costs(BranchyNet(single_exit(RESNET18)), 32)[0]
     plain = alone.macs
     assert plain == pytest.approx(555e6, rel=0.01)
     assert alone.parameters == 11_220_132  # ResNet18 with 100 classes and the small stem
-    network = BranchyNet(Architecture.with_layout("edgeke", "resnet18", 64, 3, 100)).train()
+    network = BranchyNet(with_layout("edgeke", RESNET18)).train()
     macs = [cost.macs for cost in exit_costs(network, 32)]
     assert macs[0] / plain == pytest.approx(0.758, abs=0.001)
     assert macs[0] < macs[1] < macs[2]
@@ -88,8 +94,8 @@ def test_macs_of_the_papers_networks():
 
 
 def test_the_stages_layout_keeps_its_budget():
-    plain = exit_costs(BranchyNet(Architecture.single("resnet18", 64, 3, 100)), 32)[0]
-    network = BranchyNet(Architecture.with_layout("stages", "resnet18", 64, 3, 100))
+    plain = exit_costs(BranchyNet(single_exit(RESNET18)), 32)[0]
+    network = BranchyNet(with_layout("stages", RESNET18))
     costs = exit_costs(network, 32)
     assert len(costs) == 4
     assert costs[0].macs / plain.macs <= 0.30
@@ -101,24 +107,55 @@ def test_the_stages_layout_keeps_its_budget():
 
 
 def test_activation_bytes_by_hand():
-    network = BranchyNet(Architecture("resnet10", 4, 1, 3, (ExitSpec("stem", "linear"),)))
+    network = BranchyNet(Architecture(RESNET10, (ExitSpec("stem", "linear"),)))
     # Convolution, batch norm and ReLU write 4 x 8 x 8; pooling and flattening 4; linear 3.
     assert exit_costs(network, 8)[0].activation_bytes == 4 * (3 * 256 + 4 + 4 + 3)
 
 
-@pytest.mark.parametrize("kind", ["branch", "attention", "separable", "linear"])
-@pytest.mark.parametrize("size", [8, 12])  # 12: features of layer3.0 have an odd side
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_every_kind_of_exit_answers_wherever_it_is_attached(kind, size):
-    images = torch.randn(5, 1, size, size)
+def test_every_kind_of_exit_answers_wherever_it_is_attached(images, kind):
     for attach in ("stem", "layer1.0", "layer2.0", "layer3.0"):
-        network = BranchyNet(
-            Architecture(
-                "resnet10", 4, 1, 3, (ExitSpec(attach, kind), ExitSpec("layer4.0", "main"))
-            )
-        ).eval()
+        network = BranchyNet(with_layout((ExitSpec(attach, kind),), RESNET10)).eval()
         assert network(images).shape == (2, 5, 3)
         assert torch.equal(network.branch(0)(images)[0], network(images)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_after_every_cut_point_of_timms_networks(kind):
+    """Odd sides, maps of 1x1, 16 to 1,280 channels; gradients that are numbers."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    backbone = Backbone("timm/tf_efficientnet_lite0", 1, 3, 40)  # sides 20, 10, 5, 3, 2
+    cuts = trace(backbone).cuts[:-1]
+    network = BranchyNet(with_layout([ExitSpec(cut.name, kind) for cut in cuts], backbone))
+    logits = network.train()(torch.randn(2, 1, 40, 40))
+    assert logits.shape == (len(cuts) + 1, 2, 3)
+    logits.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_statistics_over_positions():
+    features = torch.randn(4, 16, 5, 3, requires_grad=True)
+    statistics = Statistics()(features)
+    expected = [features.mean((2, 3)), features.amax((2, 3)), features.std((2, 3), correction=0)]
+    assert torch.allclose(statistics, torch.cat(expected, 1), atol=1e-4)
+    # A constant map has a deviation of 0, where a square root alone would have no gradient.
+    constant = torch.ones(2, 1, 1, 1, requires_grad=True)
+    Statistics()(constant).sum().backward()
+    assert constant.grad.isfinite().all()
+
+
+def test_a_checkpoint_keeps_the_backbones_own_names():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    backbone = Backbone("timm/resnet18", 3, 5, 64)
+    network = BranchyNet(with_layout((0.2, 0.6), backbone)).eval()
+    plain = timm.create_model("resnet18", num_classes=5).eval()
+    plain.load_state_dict(network.backbone_state(), strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(network(images)[-1], plain(images))
+    assert "backbone.layer1.0.conv1.weight" in network.state_dict()
+    assert "exits.2.head.fc.weight" in network.state_dict()
 
 
 def test_class_vectors_are_the_last_linear_layer(network):
