@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class _Result:
     correct: NDArray[np.bool_]
     macs: float
 
-    def metrics(self, main_macs: int, full: NDArray[np.bool_]) -> dict[str, float]:
+    def measures(self, main_macs: int, full: NDArray[np.bool_]) -> dict[str, float]:
         """Accuracy with its interval, cost, and how often only the full network is right."""
         low, high = share_interval(int(self.correct.sum()), len(self.correct))
         return {
@@ -100,17 +100,11 @@ def evaluate(
             correct = answers[prefix + name].argmax(-1) == test.labels
             label = prefix + name if name in _LABELLED else ""
             results.append(_Result(prefix + name, label, "static network", correct, macs))
-        places: set[tuple[str, float, float]] = set()
-        for result in results:
-            values = result.metrics(static_macs["main"], full)
+        measures = [result.measures(static_macs["main"], full) for result in results]
+        for result, values in zip(results, measures, strict=True):
             if result.kind != "frontier":
                 metrics |= {f"test/{result.name}/{key}": value for key, value in values.items()}
-            place = (result.kind, result.macs, values["accuracy"])
-            label = "" if place in places else result.label  # a second one would cover the first
-            places |= {place} if label else set()
-            row: Row = {"precision": precision, "name": result.name, "label": label}
-            latency = measured.metrics.get(f"{result.name}/latency_ms_mean")
-            frontier.append({**row, "kind": result.kind, **values, "latency_ms": latency})
+        frontier += _frontier(precision, results, measures, measured.metrics)
         metrics |= kept(policy, metrics, prefix)
         leavers += left
     for row in leavers:
@@ -200,6 +194,26 @@ def _cascade(
         if kind == "operating point":
             leavers += _leavers(name, outcome.exit, correct, traces[name], exits)
     return results, leavers
+
+
+def _frontier(
+    precision: str,
+    results: Sequence[_Result],
+    measures: Sequence[Mapping[str, float]],
+    measured: Mapping[str, float],
+) -> list[Row]:
+    """One dot of the picture for each result; of several at one place, one has a label."""
+    rows: list[Row] = []
+    labelled = set()
+    for result, values in zip(results, measures, strict=True):
+        place = (result.kind, result.macs, values["accuracy"])
+        label = "" if place in labelled else result.label
+        if label:
+            labelled.add(place)
+        row: Row = {"precision": precision, "name": result.name, "label": label}
+        latency = measured.get(f"{result.name}/latency_ms_mean")
+        rows.append({**row, "kind": result.kind, **values, "latency_ms": latency})
+    return rows
 
 
 def _leavers(
