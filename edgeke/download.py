@@ -67,7 +67,7 @@ def _copies(
         other = next(i for i in mixed[0] if labelled.labels[i] != labelled.labels[first])
         names = [labelled.names[i] if labelled.names else f"image {i}" for i in (first, other)]
         notes.append(
-            f"{len(mixed)} images are in more than one class, such as {' and '.join(names)}; "
+            f"same pixels in more than one class: {len(mixed)} (such as {' and '.join(names)}); "
             "keep each where it belongs"
         )
     return {f"{name}/duplicates_of_train": count for name, count in counts.items()}, notes

@@ -51,4 +51,4 @@ def test_copies_across_splits_and_classes_are_counted_and_named():
     names = tuple(f"{label}/{n}.png" for n, label in enumerate(labels))
     _, _, notes = download(replace(labelled, names=names, notes=("first",)), source, "copies", 0)
     assert notes[0] == "first"
-    assert "1 images are in more than one class, such as 0/2.png and 1/7.png" in notes[2]
+    assert "same pixels in more than one class: 1 (such as 0/2.png and 1/7.png)" in notes[2]

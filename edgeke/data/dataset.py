@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,9 @@ from edgeke.device.decode import BITS
 from edgeke.errors import InputError
 from edgeke.files import write_bytes
 
-_LISTS = ("classes", "image_shape", "mean", "std")
-
 __all__ = [
-    "Dataset",
-    "Split",
-    "channel_statistics",
-    "channels_last",
-    "load_dataset",
-    "save_dataset",
-]
+    "Dataset", "Split", "channel_statistics", "channels_last", "load_dataset", "save_dataset",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The splits that were asked for, and the metadata of all.
+    """Some or all of the splits, and the metadata of all.
 
     `mean` and `std` are per channel, in [0, 1], over all images the source gives for training.
     `bits`: significant bits of 16-bit pictures.
@@ -76,12 +69,10 @@ def channel_statistics(
     means, stds = [], []
     for channel in range(images.shape[1]):
         counts = np.bincount(images[:, channel].ravel(), minlength=256)
-        mean = float(counts @ levels / counts.sum())
-        std = float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum()))
         if np.count_nonzero(counts) == 1:
             raise InputError(f"channel {channel} has the same value in every image; check the data")
-        means.append(mean)
-        stds.append(std)
+        means.append(float(counts @ levels / counts.sum()))
+        stds.append(float(np.sqrt(counts @ (levels - means[-1]) ** 2 / counts.sum())))
     return tuple(means), tuple(stds)
 
 
@@ -91,17 +82,11 @@ def save_dataset(dataset: Dataset, path: Path) -> None:
     for name, split in dataset.splits.items():
         tensors[f"{name}.images"] = np.ascontiguousarray(split.images)
         tensors[f"{name}.labels"] = np.ascontiguousarray(split.labels)
-    described = {
-        "name": dataset.name,
-        "classes": dataset.classes,
-        "image_shape": dataset.image_shape,
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "source": dataset.source,
-        "seed": dataset.seed,
-        "bits": dataset.bits,
-        "sha256": _digest(tensors),
-    }
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].tobytes())
+    described = {f.name: getattr(dataset, f.name) for f in fields(dataset) if f.name != "splits"}
+    described["sha256"] = digest.hexdigest()
     # One metadata key: safetensors keeps several in no fixed order, and DVC compares bytes.
     write_bytes(path, save(tensors, {"dataset": json.dumps(described)}))
 
@@ -119,7 +104,7 @@ def load_dataset(path: Path, splits: Sequence[str]) -> Dataset:
                 name: Split(file.get_tensor(f"{name}.images"), file.get_tensor(f"{name}.labels"))
                 for name in splits
             }
-        described |= {key: tuple(described[key]) for key in _LISTS}
+        described |= {k: tuple(value) for k, value in described.items() if type(value) is list}
         return Dataset(**described, splits=read)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; `dvc repro download` builds it") from None
@@ -128,11 +113,3 @@ def load_dataset(path: Path, splits: Sequence[str]) -> Dataset:
             f"{path} is truncated or not a dataset file ({error}); delete it and run "
             "`dvc repro download`"
         ) from error
-
-
-def _digest(tensors: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].tobytes())
-    return digest.hexdigest()

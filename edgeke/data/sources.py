@@ -120,7 +120,7 @@ def _image_folder(source: Source, path: Path, bits: int) -> LabelledImages:
             pictures = []
             for file in _visible(part / name):
                 if file.is_dir():
-                    left_out["folders in class folders"].append(file)
+                    left_out["below class folders"].append(file)
                 elif file.suffix.lower() not in _SUFFIXES:
                     left_out[f"ending in {file.suffix or 'nothing'}"].append(file)
                 else:

@@ -86,7 +86,7 @@ def _info(classifier: Classifier) -> None:
     colour = "grey" if channels == 1 else "RGB"
     print(f"image      uint8 {colour}, {height} x {width} (height x width), [H, W, {channels}]")
     if classifier.bits != BITS:
-        print(f"pictures   of 16 bits are taken to have {classifier.bits} significant bits")
+        print(f"pictures   of 16 bits per pixel have {classifier.bits} significant bits")
     print(f"classes    {len(classifier.classes)}: {', '.join(classifier.classes)}")
     print(f"score      {policy.score}, promises from {policy.samples} calibration images")
     if classifier.measured is None:

@@ -111,7 +111,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path):
         "1 beside class folders (such as train/stray.png), "
         "1 ending in nothing (such as train/nut/LICENSE), "
         "2 ending in .gif (such as train/nut/a.gif), "
-        "1 folders in class folders (such as test/nut/more)",
+        "1 below class folders (such as test/nut/more)",
     )
 
 
