@@ -21,6 +21,7 @@ def test_digits_become_the_documented_splits(tmp_path: Path):
     per_class = [metrics[f"train/images_of/{digit}"] for digit in range(10)]
     assert sum(per_class) == 900
     assert min(per_class) > 80
+    assert (dataset["train"].images.min(), dataset["train"].images.max()) == (0, 255)
     save_dataset(dataset, tmp_path / "a")
     read = load_dataset(tmp_path / "a", SPLITS)
     assert read.name == "digits"

@@ -89,7 +89,7 @@ def _cifar(source: Source, path: Path, bits: int) -> LabelledImages:
         )
     labels = np.concatenate([np.asarray(part.targets, np.int64) for part in parts])
     return LabelledImages(
-        np.ascontiguousarray(images), labels, tuple(parts[0].classes), len(parts[0])
+        np.ascontiguousarray(images), labels, tuple(parts[0].classes), len(parts[0].targets)
     )
 
 

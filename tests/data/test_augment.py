@@ -40,15 +40,6 @@ def test_flips_mirror_whole_images_and_about_half_of_them():
     assert 60 < int(mirrored.sum()) < 140
 
 
-def test_the_generator_decides_and_nothing_is_drawn_without_augmentation():
-    images = batch()
-    first, second = (
-        crop_and_flip(images, 2, True, torch.Generator().manual_seed(7)) for _ in range(2)
-    )
-    assert torch.equal(first, second)
-    assert torch.equal(crop_and_flip(images, 0, False, torch.Generator()), images)
-
-
 def test_normalise_gives_zero_mean_and_unit_deviation():
     images = torch.randint(0, 256, (400, 2, 8, 8), dtype=torch.uint8)
     scaled = images.double() / 255

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import helper
 from toys import CLASSES, SIZE, replace
 
 from edgeke.device import classifier as module
@@ -47,12 +47,6 @@ def test_a_prediction_says_what_and_from_where(classifier, images):
     assert classifier.measured is None, "nothing asked for a latency"
 
 
-def test_grey_images_need_no_channel_axis(classifier, images):
-    assert same(classifier.predict(images[0]), classifier.predict(images[0, :, :, 0]))
-    batch = classifier.predict_batch(images[:3, :, :, 0])
-    assert all(map(same, batch, classifier.predict_batch(images[:3])))
-
-
 @pytest.mark.parametrize("name", ["max_probability", "margin", "entropy", "learned", "int8"])
 def test_a_batch_answers_as_one_by_one(bundles, images, name):
     classifier = Classifier(bundles[name])
@@ -80,12 +74,6 @@ def test_only_unsure_images_go_on(classifier, images, monkeypatch):
     seen.clear()
     segments.answer(images, force_exit(0, 3), point.votes)
     assert seen == [(0, len(images))]
-
-
-def test_answers_in_a_batch_are_ready_in_the_order_of_exits(classifier, images):
-    batch = classifier.predict_batch(images)
-    ready = {answer.exit: answer.latency_ms for answer in batch}
-    assert sorted(ready.values()) == [ready[exit] for exit in sorted(ready)]
 
 
 def test_an_empty_batch_and_a_list(classifier, images):
@@ -123,6 +111,8 @@ def test_a_stream_runs_no_further_than_it_is_read(classifier, images, monkeypatc
     next(stream)
     assert ran == [0]
     stream.close()
+    with pytest.raises(InputError, match="not uint8"):
+        classifier.stream(np.zeros((SIZE, SIZE)))
     assert ran == [0]
 
 
@@ -132,11 +122,6 @@ def test_a_stream_needs_segments(bundle, images):
     shutil.rmtree(bundle / "segments")
     with pytest.raises(InputError, match="a stream needs the segments"):
         Classifier(bundle).stream(images[0])
-
-
-def test_a_stream_refuses_bad_images_at_once(classifier):
-    with pytest.raises(InputError, match="not uint8"):
-        classifier.stream(np.zeros((SIZE, SIZE)))
 
 
 def test_a_latency_measures_the_device_once(classifier, images, monkeypatch):
@@ -218,12 +203,8 @@ def test_int8_is_preferred_and_fp32_can_be_asked_for(bundle):
         ("segments", None, r"holds no edgeke\.int8\.onnx or edgeke\.onnx; copy the whole bundle"),
         ("", "int8", r"has no model of precision 'int8', only fp32"),
         ("edgeke.onnx", "bf16", r"has no model of precision 'bf16', only fp32"),
-        ("policy.json", None, r"policy\.json is truncated or not an ONNX model"),
-        (
-            "segments/fp32/0.onnx",
-            None,
-            "no one-file model of EdgeKE, or is damaged: its metadata lacks classes",
-        ),
+        ("segments/fp32/segments.json", None, "is truncated or not an ONNX model"),
+        ("segments/fp32/0.onnx", None, "is no one-file model of EdgeKE, .* lacks classes"),
     ],
 )
 def test_what_is_no_bundle_is_refused(bundle, path, precision, words):
@@ -237,11 +218,10 @@ def test_threads_are_checked(bundle, threads):
         Classifier(bundle, threads=threads)
 
 
-@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
-def test_a_truncated_file_is_refused(bundle, kept):
+@pytest.mark.parametrize("share", [0, 0.99])
+def test_a_truncated_file_is_refused(bundle, share):
     whole = (bundle / "edgeke.onnx").read_bytes()
-    size = kept if isinstance(kept, int) else int(kept * len(whole))
-    (bundle / "edgeke.onnx").write_bytes(whole[:size])
+    (bundle / "edgeke.onnx").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(InputError, match=r"edgeke\.onnx is truncated or not an ONNX model"):
         Classifier(bundle)
 
@@ -288,17 +268,6 @@ def test_changed_metadata_is_refused(bundle, changes, words):
     onnx.save(model, bundle / "edgeke.onnx")
     with pytest.raises(InputError, match=words):
         Classifier(bundle)
-
-
-def test_a_foreign_model_is_refused(tmp_path):
-    tensor = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
-    graph = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["y"])], "foreign", tensor[:1], tensor[1:]
-    )
-    opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=opset), tmp_path / "x.onnx")
-    with pytest.raises(InputError, match=r"x\.onnx is no one-file model of EdgeKE"):
-        Classifier(tmp_path / "x.onnx")
 
 
 def test_a_plain_session_opens_the_file_without_a_warning(bundles):

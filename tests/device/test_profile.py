@@ -18,7 +18,6 @@ from edgeke.device.profile import (
     write_profile,
 )
 from edgeke.device.timing import summary, time_interleaved
-from edgeke.errors import InputError
 
 HERE = conditions(Path("edgeke.onnx"), (10, 20), 1)
 PROFILE = Profile((1.0, 2.0), (1.5, 2.5), 20)
@@ -95,42 +94,26 @@ def test_a_senseless_entry_is_not_used(tmp_path, change):
 
 
 def test_a_folder_that_cannot_be_written_keeps_costs_in_memory(bundle, monkeypatch):
-    def refuse(*arguments: object, **options: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    classifier = Classifier(bundle)
-    monkeypatch.setattr(module.tempfile, "mkstemp", refuse)
-    with pytest.warns(UserWarning, match=r"kept in memory alone.*Permission denied"):
-        found = classifier.profile(rounds=1)
-    assert classifier.measured == found
-    assert not (bundle / "profile.json").exists()
-
-
-def test_a_failed_replacement_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "profile.json"
-    write_profile(path, HERE, PROFILE)
-
-    def full(*arguments: object) -> None:
+    def refuse(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.warns(UserWarning, match="No space left"):
-        assert not write_profile(path, HERE, replace(PROFILE, rounds=1))
-    assert read_profile(path, HERE, 2) == PROFILE
-    assert [child.name for child in tmp_path.iterdir()] == ["profile.json"]
+    classifier = Classifier(bundle)
+    write_profile(bundle / "profile.json", HERE, PROFILE)
+    before = sorted(bundle.rglob("*"))
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.warns(UserWarning, match=r"kept in memory alone.*No space left"):
+        measured = classifier.profile(rounds=1)
+    assert classifier.measured == measured
+    assert read_profile(bundle / "profile.json", HERE, 2) == PROFILE
+    assert sorted(bundle.rglob("*")) == before
 
 
-def test_noise_that_turns_the_order_is_mended(monkeypatch):
+def test_noise_that_turns_the_order_is_evened_out(monkeypatch):
     taken = {"0": [3.0] * 20, "1": [2.0] * 20, "2": [5.0] * 20, "3": [5.0] * 20}
     monkeypatch.setattr(module, "time_interleaved", lambda *arguments: taken)
     found = measure_costs(lambda exit: None, 4, 20, 5.0)
     assert found.median_ms == pytest.approx((3.0, 3.003, 5.0, 5.005))
     assert found.p95_ms == found.median_ms
-
-
-def test_rounds_are_checked():
-    with pytest.raises(InputError, match="rounds = 0 must be at least 1"):
-        measure_costs(lambda exit: None, 2, 0, 5.0)
 
 
 def test_calls_run_equally_often_and_no_longer_than_allowed(monkeypatch):

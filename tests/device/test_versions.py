@@ -18,8 +18,6 @@ import onnxruntime
 import pytest
 
 from edgeke.bundle import make_bundle
-from edgeke.device.classifier import Classifier
-from edgeke.device.scores import Score
 
 CACHE = Path.home() / ".cache" / "edgeke-tests"
 NEWEST = (f"onnxruntime=={onnxruntime.__version__}", f"numpy=={np.__version__}")
@@ -29,8 +27,6 @@ VERSIONS = {
     "newest": NEWEST,
 }
 BUNDLES = ("max_probability", "margin", "entropy", "learned", "int8")
-POINTS = ("default", "proportions", "full")
-TIE = 1e-5  # rounding of single precision
 
 ASK = """
 import dataclasses, json, sys, warnings
@@ -45,7 +41,7 @@ policy, found = classifier.policy, {}
 def keep(name, answers):
     found[f"{name}/exit"] = [answer.exit for answer in answers]
     found[f"{name}/probabilities"] = np.stack([answer.probabilities for answer in answers])
-for name in json.loads(sys.argv[1]):
+for name in ("default", "proportions", "full"):
     classifier.policy = dataclasses.replace(policy, default=policy.named[name].name)
     classifier._plans.clear()
     keep(f"{name}/one", [classifier.predict(image) for image in images])
@@ -118,40 +114,27 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_answers_are_those_of_the_newest(python, unpacked, bundles, images, name):
+def test_answers_are_those_of_the_newest(python, unpacked, name):
     folder = unpacked(name)
-    done = run(python, folder, "-c", ASK, json.dumps(POINTS))
-    assert done.returncode == 0, done.stderr
-    package, version, loaded = json.loads(done.stdout)
-    assert Path(package).is_relative_to(folder)
-    assert version in " ".join(VERSIONS["newest"]) or version in VERSIONS
-    roots = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names)
-    assert not roots & {"torch", "scipy", "onnx", "PIL", "sklearn", "mlflow", "yaml"}
-
-    here = Classifier(bundles[name])
-    exits = len(here.policy.macs)
-    forced = [[here.forced(e)(image).probabilities for image in images] for e in range(exits + 1)]
-    expected = np.array(forced, np.float32)
-    scores = Score(here.policy.score, here.policy.score_weights).of(expected[:exits])
-    every = np.arange(len(images))
-    with np.load(folder / "answers.npz") as answers:
-        for point in POINTS:
-            thresholds = np.asarray(here.policy.named[point].thresholds, np.float32)[:, None]
-            sure = scores > thresholds
-            exit = np.where(sure.any(axis=0), sure.argmax(axis=0), exits)
-            clear = (np.abs(scores - thresholds) > TIE).all(axis=0)
-            assert clear.mean() > 0.5
-            for way in ("one", "batch"):
-                found = answers[f"{point}/{way}/exit"]
-                assert np.array_equal(found[clear], exit[clear])
-                probabilities = answers[f"{point}/{way}/probabilities"]
-                # An image on a tie may leave elsewhere; what that exit says is the same.
-                assert np.allclose(probabilities, expected[found, every], atol=1e-4)
-        for e in range(exits + 1):
-            assert (answers[f"forced_{e}/one/exit"] == e).all()
-            assert np.allclose(answers[f"forced_{e}/one/probabilities"], expected[e], atol=1e-4)
-        streamed = answers["stream/one/probabilities"].reshape(len(images), exits, -1)
-        assert np.allclose(streamed.transpose(1, 0, 2), expected[:exits], atol=1e-4)
+    found = {}
+    for interpreter in (python, Path(sys.executable)):
+        done = run(interpreter, folder, "-c", ASK)
+        assert done.returncode == 0, done.stderr
+        package, version, loaded = json.loads(done.stdout)
+        assert Path(package).is_relative_to(folder)
+        roots = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+        assert not roots & {"torch", "scipy", "onnx", "PIL", "sklearn", "mlflow", "yaml"}
+        with np.load(folder / "answers.npz") as answers:
+            found[version] = dict(answers)
+    newest = found[onnxruntime.__version__]
+    for answers in found.values():
+        for key, exits in newest.items():
+            if key.endswith("exit"):
+                same = answers[key] == exits
+                assert same.mean() > 0.95, key  # a score on a threshold may fall either way
+                probabilities = key.replace("exit", "probabilities")
+                difference = np.abs(answers[probabilities] - newest[probabilities])
+                assert difference[same].max() < 1e-4, key
 
 
 def test_the_command_line_runs_from_the_unpacked_bundle(python, unpacked):
