@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from edgeke.data.dataset import Dataset
-from edgeke.learning.fit import OnEpoch
-from edgeke.learning.from_scratch import Trained, train_from_scratch
+from edgeke.learning.fit import OnEpoch, fit
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import make_objective
 from edgeke.learning.parallel import local_device
 from edgeke.learning.resume import ResumeFile, fingerprint
+from edgeke.learning.trained import Trained
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import KD, Plan
@@ -45,26 +47,26 @@ def distill(
         def on_branch_epoch(epoch: int, row: dict[str, float], branch: int = branch) -> None:
             on_epoch(epoch, _named(row, branch))
 
-        alone = student.branch(branch)
+        torch.manual_seed(plan.seed)
+        network = BranchyNet(student.branch(branch))
         resume = ResumeFile(
             f"distill/{branch}",
             plan=plan,
             kd=kd,
-            architecture=alone,
+            architecture=network.architecture,
             data=dataset.sha256,
             teacher=fingerprint(teacher),
         )
-        trained.append(
-            train_from_scratch(
-                alone,
-                objective,
-                images,
-                plan,
-                description=f"branch {branch}",
-                on_epoch=on_branch_epoch,
-                resume=resume,
-            )
+        history = fit(
+            network,
+            objective,
+            images,
+            plan,
+            description=f"branch {branch}",
+            on_epoch=on_branch_epoch,
+            resume=resume,
         )
+        trained.append(Trained(network, history, (resume,)))
     return tuple(trained)
 
 

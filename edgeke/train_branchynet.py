@@ -7,7 +7,6 @@ from torch import nn
 
 from edgeke.data.dataset import Dataset
 from edgeke.learning.fit import OnEpoch, fit
-from edgeke.learning.from_scratch import Trained
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import Objective, make_objective
 from edgeke.learning.orders import Order
@@ -15,6 +14,7 @@ from edgeke.learning.parallel import local_device
 from edgeke.learning.phases import OneExit, phase_network
 from edgeke.learning.predict import evaluate
 from edgeke.learning.resume import ResumeFile, fingerprint
+from edgeke.learning.trained import Trained
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import KD, Plan

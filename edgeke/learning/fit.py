@@ -68,11 +68,9 @@ def fit(
     if plan.training.channels_last and _is_channels_last_safe(network, device):
         network.to(memory_format=torch.channels_last)
     training = _Training(network, root or network, objective, images, plan, names)
-    if resume and (saved := resume.load()):
-        if training.fits(saved[1]):
-            training.restore(*saved)
-        else:
-            resume.refuse("its tensors are not this network's")
+    saved = resume.load() if resume else None
+    if resume and saved and not training.restore(*saved):
+        resume.refuse("its tensors are not this network's")
     for epoch, row in enumerate(training.history, 1):
         on_epoch(epoch, row)
     done = training.epoch * training.steps + training.step
@@ -199,29 +197,26 @@ class _Training:
         generator = self.generator.get_state()
         return state | {"generator": generator, "order": self.order, "sums": self.sums}
 
-    def fits(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether a saved state has the names and shapes of this network's weights."""
+    def restore(self, progress: Progress, tensors: dict[str, Tensor]) -> bool:
+        """Take over a saved state; false, and nothing changes, where it is of other weights."""
 
-        def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
-            weights = ("root.", "average.")
-            return {name: value.shape for name, value in state.items() if name.startswith(weights)}
+        def part(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
-        return shapes(tensors) == shapes(self.state())
-
-    def restore(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
-        """Take over a saved state."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.root.load_state_dict(part("root."))
+        own = self.state()
+        for prefix in ("root.", "average."):
+            one, other = part(prefix, own), part(prefix, tensors)
+            if {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in other.items()}:
+                return False
+        self.root.load_state_dict(part("root.", tensors))
         load_optimiser(self.optimiser, tensors)
         if self.average is not None:
-            self.average.load_state_dict(part("average."))
+            self.average.load_state_dict(part("average.", tensors))
         self.generator.set_state(tensors["generator"])
         device = self.images.train.device
         self.order, self.sums = tensors["order"].to(device), tensors["sums"].to(device)
         self.epoch, self.step, self.history = progress.epoch, progress.step, progress.history
+        return True
 
 
 def make_optimiser(network: nn.Module, optimisation: Optimisation) -> torch.optim.Optimizer:

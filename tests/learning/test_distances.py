@@ -103,9 +103,7 @@ def test_costs_are_cheap_between_similar_classes():
 def test_the_gradient_is_the_true_one_and_not_zero(name):
     student = logits(0, scale=1.5).requires_grad_()
     teacher = logits(1, scale=1.5)
-    assert torch.autograd.gradcheck(
-        lambda s: distance(name, s, teacher, 2.0), (student,), rtol=1e-3, atol=1e-5
-    )
+    assert torch.autograd.gradcheck(lambda s: distance(name, s, teacher, 2.0), (student,))
     distance(name, student, teacher, 2.0).sum().backward()
     assert student.grad is not None
     assert (student.grad.abs().sum(dim=-1) > 1e-4).all()

@@ -1,5 +1,6 @@
 """A training that is killed goes on to the weights it would have had."""
 
+import contextlib
 import random
 import shutil
 import signal
@@ -13,8 +14,7 @@ from safetensors.torch import load_file
 from toys import ROOT, with_recipe
 from workplaces import finish, start, wait_until, write_params
 
-from edgeke.learning.fit import make_optimiser
-from edgeke.learning.from_scratch import Trained, train_from_scratch
+from edgeke.learning.fit import fit, make_optimiser
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
 from edgeke.learning.resume import (
@@ -24,7 +24,9 @@ from edgeke.learning.resume import (
     load_optimiser,
     optimiser_tensors,
 )
+from edgeke.learning.trained import Trained
 from edgeke.networks.architecture import Backbone
+from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import single_exit
 
 
@@ -83,18 +85,16 @@ def train(dataset, plan, slot: str, die_at: int | None = None) -> Trained | None
         if epoch == die_at:
             raise KilledError
 
-    try:
-        return train_from_scratch(
-            single_exit(Backbone("resnet10", 1, 3, 8, 4)),
-            CrossEntropy(),
-            Images.of(dataset, torch.device("cpu")),
-            plan,
-            description="toy",
-            on_epoch=on_epoch,
-            resume=ResumeFile(slot, plan=plan),
-        )
-    except KilledError:
-        return None
+    torch.manual_seed(plan.seed)
+    network, resume = (
+        BranchyNet(single_exit(Backbone("resnet10", 1, 3, 8, 4))),
+        ResumeFile(slot, plan=plan),
+    )
+    images = Images.of(dataset, torch.device("cpu"))
+    with contextlib.suppress(KilledError):
+        options = {"description": "toy", "on_epoch": on_epoch, "resume": resume}
+        return Trained(network, fit(network, CrossEntropy(), images, plan, **options), (resume,))
+    return None
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "optimiser": "adamw"}], ids=str)
@@ -116,7 +116,7 @@ def damage(path: Path) -> None:
 
 def rename_a_tensor(path: Path) -> None:
     content = path.read_bytes()
-    path.write_bytes(content.replace(b"root.trunk.0.0.weight", b"root.trunk.0.0.w_ight"))
+    path.write_bytes(content.replace(b"root.backbone.", b"root.b_ckbone."))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+"""What a training hands back."""
+
+from dataclasses import dataclass
+
+from edgeke.learning.fit import History
+from edgeke.learning.resume import ResumeFile
+from edgeke.networks.branchynet import BranchyNet
+
+__all__ = ["Trained"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network with its history, and the checkpoints to delete once it is saved."""
+
+    network: BranchyNet
+    history: History
+    resumes: tuple[ResumeFile, ...]
+
+    def rows(self) -> list[dict[str, object]]:
+        """The history as rows of a table, epochs counted from 1."""
+        return [{"epoch": epoch, **row} for epoch, row in enumerate(self.history, 1)]
+
+    def remove_checkpoints(self) -> None:
+        """Delete the checkpoints of this training."""
+        for resume in self.resumes:
+            resume.remove()
