@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML  # reads YAML 1.2, as DVC does: `010` is ten, a repeated key an error
-from ruamel.yaml.error import YAMLError
 
 from edgeke.errors import InputError
 from edgeke.learning.orders import ORDERS
@@ -292,7 +291,7 @@ class Source:
     """A labelled image set and its splits.
 
     `validation`, `calibration` and `test` are a number of images (int) or a share of all images
-    (float below 1); `test: null` keeps the source's own test split. Three stages halve the side.
+    (float below 1); an empty `test` keeps the source's own test split. Three stages halve the side.
     """
 
     source: Literal["digits", "cifar10", "cifar100", "image_folder"]
@@ -424,7 +423,7 @@ class _File(_Shared):
     def __post_init__(self) -> None:
         if self.profile not in self.profiles:
             known = ", ".join(self.profiles) or "those that you add to `profiles`"
-            raise InputError(f"profile = {self.profile} is unknown; use one of {known}")
+            raise InputError(f"profile = {self.profile!r} is unknown; use one of {known}")
         for name, profile in self.profiles.items():
             padding, side = profile.augmentation.crop_padding, profile.data.image_size
             if padding >= side:
@@ -453,8 +452,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run in the repository's root, where it is") from None
-    except (OSError, YAMLError, RecursionError, ValueError) as error:
-        # ValueError: no UTF-8, or thousands of digits. ruamel's advice for programmers is cut off.
+    except Exception as error:  # of many kinds; ruamel's advice for programmers is cut off
         reason = " ".join(str(error).partition("To suppress this check")[0].split())
         raise InputError(f"{path} cannot be read as YAML ({reason}); correct it") from None
     if not isinstance(content, dict):

@@ -48,8 +48,8 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
         ("kd", 3, ["kd = 3", "section"]),
         ("seed", 1.5, ["seed = 1.5", "integer"]),
         ("seed", 2**31, ["seed = 2147483648", "less than 2147483648"]),
-        ("profile", "digit", ["profile = digit", "digits, tiny"]),
-        ("profiles", {}, ["profile = digits is unknown", "`profiles`"]),
+        ("profile", "digit", ["profile = 'digit'", "digits, tiny"]),
+        ("profiles", {}, ["profile = 'digits' is unknown", "`profiles`"]),
         ("profile_name", "x", ["unknown key `profile_name`"]),
         ("branchynet.layout", "paper", ["layout 'paper' is unknown", "edgeke, stages"]),
         ("branchynet.layout", [], ["branchynet.layout"]),
@@ -196,6 +196,7 @@ def test_flatten_names_every_value_once(content):
         ("beta: 0.5", f"beta: {'[' * 5000}", "cannot be read as YAML"),
         ("beta: 0.5", "beta: &a [*a]", "kd.beta"),
         ("beta: 0.5", "beta: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
+        ("beta: 0.5", "beta: !!int", "cannot be read as YAML"),
         ("beta: 0.5", "beta: \ud800", "cannot be read as YAML"),
     ],
 )
