@@ -145,7 +145,7 @@ def test_a_typo_stops_the_pipeline_before_work(clone: Path):
     file.write_text(before.replace("score: best", "score: bst"))
     output = run(clone, "dvc", "repro", check=False)
     file.write_text(before)
-    assert "calibrate.score = 'bst' is unknown; use one of best, max_probability" in output
+    assert "calibrate.score = \"bst\" must be 'best', 'max_probability'" in output
     assert ran(output) == ["calibrate"]
     assert "Traceback" not in output
     run(clone, "dvc", "checkout", "--force")
