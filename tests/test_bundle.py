@@ -32,9 +32,9 @@ def files(folder):
 
 def test_a_bundle_holds_what_a_device_needs_and_no_more(models, tmp_path):
     archive = make_bundle(models, tmp_path / "out" / "bundle")
-    found = files(tmp_path / "out" / "bundle")
-    package = {name for name in found if name.startswith("edgeke/")}
-    assert found - package == {
+    content = files(tmp_path / "out" / "bundle")
+    package = {name for name in content if name.startswith("edgeke/")}
+    assert content - package == {
         "edgeke.onnx", "edgeke.int8.onnx", "README.md", "LICENSE", "CONTENTS.txt",
         "segments/fp32/segments.json", "segments/fp32/0.onnx",
         "segments/int8/segments.json", "segments/int8/0.onnx",
@@ -43,7 +43,7 @@ def test_a_bundle_holds_what_a_device_needs_and_no_more(models, tmp_path):
     assert package == {"edgeke/__init__.py", "edgeke/errors.py", *expected}
     assert len((tmp_path / "out" / "bundle" / "README.md").read_text().splitlines()) == 5
     with zipfile.ZipFile(archive) as packed:
-        assert set(packed.namelist()) == {f"bundle/{name}" for name in found}
+        assert set(packed.namelist()) == {f"bundle/{name}" for name in content}
         assert packed.read("bundle/segments/fp32/0.onnx") == b"segments/fp32/0.onnx"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"bundle", "bundle.zip"}
 
@@ -61,11 +61,11 @@ def test_an_older_bundle_is_replaced_and_the_users_files_stay(models, tmp_path):
     archive = make_bundle(models, folder)
     assert (folder / "edgeke.onnx").read_text() == "new"
     assert not (folder / "segments" / "int8").exists()
-    found = files(folder)
-    assert "edgeke.int8.onnx" not in found
-    assert set(mine) < found
+    content = files(folder)
+    assert "edgeke.int8.onnx" not in content
+    assert set(mine) < content
     with zipfile.ZipFile(archive) as packed:
-        assert {f"bundle/{name}" for name in found - set(mine)} == set(packed.namelist())
+        assert {f"bundle/{name}" for name in content - set(mine)} == set(packed.namelist())
 
 
 def test_nothing_of_the_users_is_overwritten(models, tmp_path):

@@ -62,7 +62,7 @@ def check_images(images: Any, shape: _Shape) -> NDArray[np.uint8]:
 def plain_picture(picture: Any, channels: int) -> Any:
     """A Pillow picture of any mode as mode L (1 channel) or RGB (3), transparency over white.
 
-    Pictures of 16 and 32 bits per pixel are given as modes I;16, I and F. Errors: ValueError for a
+    Pictures of 16 and 32 bits per pixel are actual as modes I;16, I and F. Errors: ValueError for a
     mode that Pillow cannot convert.
     """
     from PIL import Image
@@ -96,19 +96,19 @@ def _to_uint8(pixels: NDArray[Any]) -> str:
     )
 
 
-def _to_shape(given: Sequence[int], shape: _Shape) -> str:
+def _to_shape(actual: Sequence[int], shape: _Shape) -> str:
     height, width, channels = shape
-    if len(given) == 4:
+    if len(actual) == 4:
         return "predict takes one image: use predict_batch for several"
-    if given == (channels, height, width):
+    if actual == (channels, height, width):
         return "put the channels last: image.transpose(1, 2, 0)"
-    if given[:2] != (height, width):
+    if actual[:2] != (height, width):
         return (
             "resize it, for instance with Pillow: "
             f"PIL.ImageOps.fit(picture, ({width}, {height}), PIL.Image.Resampling.BICUBIC)"
         )
-    if channels == 3 and given[2:] in ((), (1,)):
+    if channels == 3 and actual[2:] in ((), (1,)):
         return "repeat the grey channel: numpy.repeat(image.reshape(*image.shape[:2], 1), 3, -1)"
-    if channels == 3 and given[2:] == (4,):
+    if channels == 3 and actual[2:] == (4,):
         return "drop the alpha channel: image[..., :3]"
     return f"convert it to {channels} channels, for instance with Pillow"

@@ -70,14 +70,14 @@ def agreement(one: Floats, other: Floats) -> Floats:
 
 
 def statistics(probabilities: Floats, exit: int) -> Floats:
-    """What the learned score sees at an exit, `[N, 4 exit + 3]`, from probabilities `[E, N, K]`.
+    """What the learned score reads at an exit, `[N, 4 exit + 3]`, from probabilities `[E, N, K]`.
 
     The three plain scores of this and every earlier exit, shallow to deep, then the agreement of
     each earlier exit with this one.
     """
-    seen = probabilities[: exit + 1]
-    plain = [score(at_exit) for at_exit in seen for score in SCORES.values()]
-    return np.stack([*plain, *(agreement(before, seen[exit]) for before in seen[:exit])], axis=-1)
+    plain = [score(p) for p in probabilities[: exit + 1] for score in SCORES.values()]
+    agreements = [agreement(earlier, probabilities[exit]) for earlier in probabilities[:exit]]
+    return np.stack([*plain, *agreements], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Score:
     def at(self, probabilities: Floats, exit: int) -> Floats:
         """How sure one exit is, `[N]`, from probabilities `[E, N, K]` of exits up to it at least.
 
-        What deeper exits say is never read, so that a device can ask before it runs them.
+        Deeper exits are never read, so a device can decide before it runs them.
         """
         if self.name in SCORES:
             return SCORES[self.name](probabilities[exit])

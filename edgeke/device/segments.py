@@ -13,16 +13,16 @@ from edgeke.device.policy import Policy
 from edgeke.device.scores import Score, calibrated_probabilities, vote
 from edgeke.device.session import open_session
 
-__all__ = ["Answered", "Segments"]
+__all__ = ["BatchAnswers", "Segments"]
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a batch was answered: `exit` `[N]` in 0..E (E = voted), `probabilities` `[N, K]`.
+class BatchAnswers:
+    """The answers to a batch: `exit` `[N]` in 0..E (E = voted), `probabilities` `[N, K]`.
 
-    `seconds` `[N]`: from the start until each answer was there.
+    `seconds` `[N]`: from the start until each answer was ready.
     """
 
     exit: NDArray[np.int64]
@@ -36,13 +36,15 @@ class Segments:
     def __init__(self, files: Sequence[Path], policy: Policy, threads: int) -> None:
         self._sessions = [open_session(file, threads) for file in files]
         self._inputs = [session.get_inputs()[0].name for session in self._sessions]
-        self._outputs = [[of.name for of in session.get_outputs()] for session in self._sessions]
+        self._outputs = [
+            [tensor.name for tensor in session.get_outputs()] for session in self._sessions
+        ]
         self._temperatures = np.asarray(policy.temperatures, np.float32)[:, None]
         self._score = Score(policy.score, policy.score_weights)
 
     def answer(
         self, images: NDArray[np.uint8], thresholds: Sequence[float], votes: Sequence[float]
-    ) -> Answered:
+    ) -> BatchAnswers:
         """Answer images uint8 `[N, H, W, C]` at the thresholds and votes `[E]` of a point.
 
         After each exit only those that it was not sure of go on, so the batch costs the sum of
@@ -50,38 +52,37 @@ class Segments:
         """
         started = time.perf_counter()
         exits, count = len(self._sessions), len(images)
-        found = np.full(count, exits, np.int64)
-        seconds = np.zeros(count)
+        exit_of, seconds = np.full(count, exits, np.int64), np.zeros(count)
         answers = np.empty((count, 0), np.float32)
-        left: NDArray[Any] = np.arange(count)  # the places of those that go on
+        places: NDArray[Any] = np.arange(count)  # of the images that go on
         features: NDArray[Any] = images
-        seen = np.empty((0, count, 0), np.float32)
+        earlier = np.empty((0, count, 0), np.float32)  # probabilities of the images that go on
         for exit, threshold in enumerate(thresholds):
-            if not len(left):
+            if not len(places):
                 break
             logits, features = self._run(exit, features)
             probabilities = calibrated_probabilities(logits[None], self._temperatures[exit])
             if exit == 0:
                 answers = np.empty((count, probabilities.shape[-1]), np.float32)
-                seen = probabilities
+                earlier = probabilities
             else:
-                seen = np.concatenate([seen, probabilities])
-            sure = self._score.at(seen, exit) > np.float32(threshold)
+                earlier = np.concatenate([earlier, probabilities])
+            sure = self._score.at(earlier, exit) > np.float32(threshold)
             if sure.any():
-                leaving, on = left[sure], ~sure
-                found[leaving], answers[leaving] = exit, probabilities[0, sure]
+                leaving, on = places[sure], ~sure
+                exit_of[leaving], answers[leaving] = exit, probabilities[0, sure]
                 seconds[leaving] = time.perf_counter() - started
-                left, seen = left[on], seen[:, on]
+                places, earlier = places[on], earlier[:, on]
                 features = features[on] if len(features) else features
-        if len(left):
-            answers[left] = vote(seen, votes)
-            seconds[left] = time.perf_counter() - started
-        return Answered(found, answers, seconds)
+        if len(places):
+            answers[places] = vote(earlier, votes)
+            seconds[places] = time.perf_counter() - started
+        return BatchAnswers(exit_of, answers, seconds)
 
     def stream(self, image: NDArray[np.uint8]) -> Iterator[Floats]:
         """Each exit's probabilities `[K]` for one image uint8 `[H, W, C]`, as they are ready.
 
-        The next segment runs only when the next answer is asked for.
+        The next segment runs only when the next answer is requested.
         """
         features: NDArray[Any] = image[None]
         for exit, temperature in enumerate(self._temperatures[:, 0]):
@@ -95,7 +96,7 @@ class Segments:
             yield row
 
     def _run(self, exit: int, features: NDArray[Any]) -> tuple[Floats, NDArray[Any]]:
-        """An exit's logits `[N, K]`, and the features for the next one (none behind the last)."""
+        """An exit's logits `[N, K]`, and the features for the next one (none after the last)."""
         logits, *rest = self._sessions[exit].run(
             self._outputs[exit], {self._inputs[exit]: features}
         )

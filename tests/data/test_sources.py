@@ -36,11 +36,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_one_folder_is_read_in_class_order(folder: Path):
-    found = read_source(FOLDER, folder)
-    assert found.classes == ("bolt", "nut")
-    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert found.images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
-    assert found.train == 6
+    labelled = read_source(FOLDER, folder)
+    assert labelled.classes == ("bolt", "nut")
+    assert labelled.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert labelled.images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
+    assert labelled.train == 6
 
 
 def test_train_and_test_folders_keep_their_split(tmp_path: Path):
@@ -48,8 +48,8 @@ def test_train_and_test_folders_keep_their_split(tmp_path: Path):
         for name in ("bolt", "nut"):
             for i in range(count):
                 paint(tmp_path / part / name / f"{i}.png", i)
-    found = read_source(replace(FOLDER, test=None), tmp_path)
-    assert (found.train, len(found.labels)) == (8, 12)
+    labelled = read_source(replace(FOLDER, test=None), tmp_path)
+    assert (labelled.train, len(labelled.labels)) == (8, 12)
     (tmp_path / "test" / "washer").mkdir()
     with pytest.raises(InputError, match="only one of them: washer"):
         read_source(replace(FOLDER, test=None), tmp_path)
@@ -71,16 +71,18 @@ def test_pictures_of_sixteen_bits_keep_the_upper_eight(folder: Path, bits: int):
     gradient = np.linspace(0, 2**bits - 1, 64).reshape(8, 8).astype(np.uint16)
     for name in ("nut", "bolt"):
         Image.fromarray(gradient).save(folder / name / "xray.png")
-    found = read_source(replace(FOLDER, channels=1), folder, bits)
-    assert found.images[-1, 0].ravel().tolist() == (gradient >> bits - 8).ravel().tolist()
-    assert found.bits == bits
-    assert found.notes == ()
+    labelled = read_source(replace(FOLDER, channels=1), folder, bits)
+    assert labelled.images[-1, 0].ravel().tolist() == (gradient >> bits - 8).ravel().tolist()
+    assert labelled.bits == bits
+    assert labelled.notes == ()
 
 
 def test_twelve_bits_taken_for_sixteen_are_reported(folder: Path):
     Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(folder / "nut" / "xray.png")
-    found = read_source(replace(FOLDER, channels=1), folder)
-    assert re.search("no 16-bit picture has a value above 4000.* -S data.bits=12", found.notes[0])
+    labelled = read_source(replace(FOLDER, channels=1), folder)
+    assert re.search(
+        "no 16-bit picture has a value above 4000.* -S data.bits=12", labelled.notes[0]
+    )
     with pytest.raises(InputError, match=r"xray\.png has values up to 4000, .*the 10 bits"):
         read_source(replace(FOLDER, channels=1), folder, 10)
 
@@ -94,8 +96,8 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path):
     paint(tmp_path / "test" / "nut" / "more" / "0.png", 1)
     for name in ("a.gif", "b.gif", "LICENSE", ".DS_Store"):
         (tmp_path / "train" / "nut" / name).write_bytes(b"")
-    found = read_source(replace(FOLDER, test=None), tmp_path)
-    assert found.notes == (
+    labelled = read_source(replace(FOLDER, test=None), tmp_path)
+    assert labelled.notes == (
         f"left out of {tmp_path}: 1 beside train/ and test/ (such as val), "
         "1 beside class folders (such as train/stray.png), "
         "1 ending in nothing (such as train/nut/LICENSE), "
@@ -153,7 +155,7 @@ def test_cifar_is_read_as_torchvision_gives_it(tmp_path: Path, monkeypatch):
         return SimpleNamespace(data=pixels, targets=[0, 1] * (count // 2), classes=("a", "b"))
 
     monkeypatch.setattr(datasets, "CIFAR10", stored)
-    found = read_source(replace(FOLDER, source="cifar10", test=None), tmp_path)
-    assert found.images.shape == (8, 3, 8, 8)
-    assert found.images[0, :, 0, 0].tolist() == [1, 2, 3]
-    assert found.train == 6
+    labelled = read_source(replace(FOLDER, source="cifar10", test=None), tmp_path)
+    assert labelled.images.shape == (8, 3, 8, 8)
+    assert labelled.images[0, :, 0, 0].tolist() == [1, 2, 3]
+    assert labelled.train == 6

@@ -25,14 +25,16 @@ PROFILE = Profile((1.0, 2.0), (1.5, 2.5), 20)
 
 def test_a_real_profile_increases_and_is_kept(bundle, images):
     classifier = Classifier(bundle)
-    found = classifier.profile(rounds=30)
-    assert found == classifier.measured
-    for values in (found.median_ms, found.p95_ms):
+    measured = classifier.profile(rounds=30)
+    assert measured == classifier.measured
+    for values in (measured.median_ms, measured.p95_ms):
         assert 0 < values[0] < values[1] < values[2]
-    assert all(p95 >= median for median, p95 in zip(found.median_ms, found.p95_ms, strict=True))
-    assert found.rounds == 30
-    assert Classifier(bundle).measured == found
-    assert Classifier(bundle / "edgeke.onnx").measured == found, "the same file"
+    assert all(
+        p95 >= median for median, p95 in zip(measured.median_ms, measured.p95_ms, strict=True)
+    )
+    assert measured.rounds == 30
+    assert Classifier(bundle).measured == measured
+    assert Classifier(bundle / "edgeke.onnx").measured == measured, "the same file"
     assert Classifier(bundle, threads=2).measured is None, "other threads"
     assert classifier.predict(images[0], mean_latency_ms=1e4).point.name
     assert [path.name for path in bundle.iterdir() if path.name.startswith(".")] == []
@@ -111,9 +113,9 @@ def test_a_folder_that_cannot_be_written_keeps_costs_in_memory(bundle, monkeypat
 def test_noise_that_turns_the_order_is_evened_out(monkeypatch):
     taken = {"0": [3.0] * 20, "1": [2.0] * 20, "2": [5.0] * 20, "3": [5.0] * 20}
     monkeypatch.setattr(module, "time_interleaved", lambda *arguments: taken)
-    found = measure_costs(lambda exit: None, 4, 20, 5.0)
-    assert found.median_ms == pytest.approx((3.0, 3.003, 5.0, 5.005))
-    assert found.p95_ms == found.median_ms
+    measured = measure_costs(lambda exit: None, 4, 20, 5.0)
+    assert measured.median_ms == pytest.approx((3.0, 3.003, 5.0, 5.005))
+    assert measured.p95_ms == measured.median_ms
 
 
 def test_calls_run_equally_often_and_no_longer_than_allowed(monkeypatch):

@@ -37,10 +37,10 @@ from edgeke.device.classifier import Classifier
 
 images = np.load("images.npy")
 classifier = Classifier(".")
-policy, found = classifier.policy, {}
+policy, arrays = classifier.policy, {}
 def keep(name, answers):
-    found[f"{name}/exit"] = [answer.exit for answer in answers]
-    found[f"{name}/probabilities"] = np.stack([answer.probabilities for answer in answers])
+    arrays[f"{name}/exit"] = [answer.exit for answer in answers]
+    arrays[f"{name}/probabilities"] = np.stack([answer.probabilities for answer in answers])
 for name in ("default", "proportions", "full"):
     classifier.policy = dataclasses.replace(policy, default=policy.named[name].name)
     classifier._plans.clear()
@@ -51,7 +51,7 @@ for exit in range(len(policy.macs) + 1):
 keep("stream/one", [answer for image in images for answer in classifier.stream(image)])
 classifier.profile(rounds=1)
 classifier.predict(images[0], mean_latency_ms=1e6, deadline_ms=1e6, max_degradation=0.99)
-np.savez("answers.npz", **found)
+np.savez("answers.npz", **arrays)
 print(json.dumps([edgeke.__file__, onnxruntime.__version__, sorted(sys.modules)]))
 """
 
@@ -63,8 +63,8 @@ def environment(version: str) -> Path | str:
         CACHE / f"onnxruntime-{version}-python{sys.version_info.major}.{sys.version_info.minor}"
     )
     python, stamp = folder / "bin" / "python", folder / "installed"
-    wanted = " ".join(VERSIONS[version])
-    if stamp.is_file() and stamp.read_text() == wanted and python.exists():
+    packages = " ".join(VERSIONS[version])
+    if stamp.is_file() and stamp.read_text() == packages and python.exists():
         return python
     shutil.rmtree(folder, ignore_errors=True)
     uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
@@ -77,17 +77,17 @@ def environment(version: str) -> Path | str:
     for command in ([*make, str(folder)], [*install, *VERSIONS[version]]):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         if done.returncode:
-            return f"{wanted} cannot be installed: {done.stderr.strip()[-300:]}"
-    stamp.write_text(wanted)
+            return f"{packages} cannot be installed: {done.stderr.strip()[-300:]}"
+    stamp.write_text(packages)
     return python
 
 
 @pytest.fixture(params=VERSIONS)
 def python(request) -> Path:
-    found = environment(request.param)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    interpreter = environment(request.param)
+    if isinstance(interpreter, str):
+        pytest.skip(interpreter)
+    return interpreter
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
 @pytest.mark.parametrize("name", BUNDLES)
 def test_answers_are_those_of_the_newest(python, unpacked, name):
     folder = unpacked(name)
-    found = {}
+    by_version = {}
     for interpreter in (python, Path(sys.executable)):
         done = run(interpreter, folder, "-c", ASK)
         assert done.returncode == 0, done.stderr
@@ -124,10 +124,10 @@ def test_answers_are_those_of_the_newest(python, unpacked, name):
         assert Path(package).is_relative_to(folder)
         roots = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names)
         assert not roots & {"torch", "scipy", "onnx", "PIL", "sklearn", "mlflow", "yaml"}
-        with np.load(folder / "answers.npz") as answers:
-            found[version] = dict(answers)
-    newest = found[onnxruntime.__version__]
-    for answers in found.values():
+        with np.load(folder / "answers.npz") as arrays:
+            by_version[version] = dict(arrays)
+    newest = by_version[onnxruntime.__version__]
+    for answers in by_version.values():
         for key, exits in newest.items():
             if key.endswith("exit"):
                 same = answers[key] == exits
