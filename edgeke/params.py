@@ -555,7 +555,7 @@ def _message(error: ValidationError, content: Any) -> str:
         return f"unknown key `{key}` = {_shown(content)}; {hint}"
     reason = fault.get("ctx", {}).get("error")
     if isinstance(reason, InputError):
-        return str(reason)
+        return str(reason) if key in str(reason) else f"{key}: {reason}"
     words = fault["msg"].replace("Input should", "must").replace("Value error,", "is refused;")
     return f"{key} = {_shown(fault['input'])} {_WORDS.get(fault['type'], words)}"
 

@@ -66,6 +66,16 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
             ["'resnet81' is unknown", "did you mean res"],
         ),
         ("profiles.tiny.student.network", "timm/resnet18", ["width = 8", "remove the key"]),
+        (
+            "profiles.tiny.teacher.network",
+            "resnet19",
+            ["profiles.tiny.teacher: network 'resnet19'", "did you mean resnet18"],
+        ),
+        (
+            "branchynet.layout",
+            [{"attach": "stem", "kind": "x"}],
+            ["branchynet.layout[0]: exit kind 'x'", "use one of branch"],
+        ),
         ("branchynet.main_weight", 2, ["branchynet.main_weight = 2"]),
         ("optimisation.weight_decay", 1e300, ["optimisation.weight_decay = 1e+300"]),
         ("optimisation.milestones", [0.5, 0], ["optimisation.milestones[1] = 0", "than 0"]),
