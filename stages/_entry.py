@@ -30,7 +30,6 @@ def entry(stage: str, body: Body) -> int:
         with stage_run(stage, loaded) as run:
             metrics = body(loaded, run)
             write_json(Path("results") / stage / "metrics.json", metrics)
-            run.metrics(metrics)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,115 +1,124 @@
-"""The one-file model in MLflow: logged once per content, registered, and what was asked of it."""
+"""The one-file model in MLflow: stored once per content, registered, tagged for promotion."""
 
-import contextlib
 import hashlib
-import os
+import inspect
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeke.bundle import copy_device_package
-from edgeke.device.bundle import PRECISIONS
+from edgeke.device.bundle import find_bundle
 from edgeke.device.classifier import Classifier
-from edgeke.params import Params
-from edgeke.tracking.outbox import Address
-from edgeke.tracking.store import locked, project_root
+from edgeke.errors import InputError
+from edgeke.tracking.state import Record
+from edgeke.tracking.store import locked
 
-__all__ = ["MODEL", "PRECISION", "log_model", "model_name"]
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
-MODEL = "edgeke.model"  # tag of a parent run: `<registered model>/<version>`
-PRECISION = "edgeke.precision"  # tag of a version: int8 or fp32
-_CONTENT = "edgeke.sha256"  # tag of a version
-_GLOBAL = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")  # what MLflow's functions set
-_REQUIREMENTS = ("min_accuracy", "max_degradation", "mean_latency_ms", "deadline_ms")
-
-
-def model_name(params: Params) -> str:
-    """The registered model of an experiment and profile: versions of one can replace each other."""
-    return f"{params.tracking.experiment}-{params.profile_name}"
-
-
-def log_model(address: Address, models: Path, params: Params) -> str:
-    """Log and register the one file (int8 where there is one); returns `<name>/<version>`.
-
-    A file that is registered already is not stored again. The parent's tag `edgeke.model` names it.
-    Errors: whatever MLflow raises.
-    """
     from mlflow import MlflowClient
 
-    there = [of for of, name in PRECISIONS.items() if (models / name).is_file()]
-    file = models / PRECISIONS[there[0]]
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    client, name = MlflowClient(address.uri), model_name(params)
-    assert address.parent is not None
-    with locked(project_root()):
-        found = client.search_model_versions(f"name = '{name}' and tags.`{_CONTENT}` = '{digest}'")
-        number = found[0].version if found else _register(address, file, name)
-        if not found:
-            client.set_model_version_tag(name, number, _CONTENT, digest)
-            client.set_model_version_tag(name, number, PRECISION, there[0])
-    client.set_tag(address.parent, MODEL, f"{name}/{number}")
-    return f"{name}/{number}"
+__all__ = ["FILE", "MODEL", "OBJECTIONS", "digest", "log_model", "promotion_tags"]
+
+MODEL = "edgeke.model"  # tag of a parent run: `<registered model>/<version>`
+FILE = "edgeke.sha256"  # tag of a version and of a parent run: which file it is
+OBJECTIONS = "edgeke.objections"  # tag of a version: why it may not be promoted; else empty
+_MODELS = Path("models")
 
 
-def _register(address: Address, file: Path, name: str) -> str:
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+def digest(models: Path) -> str | None:
+    """The SHA-256 of the one file that is shipped, int8 where there is one; None without any."""
+    try:
+        return hashlib.sha256(find_bundle(models).model.read_bytes()).hexdigest()
+    except InputError:
+        return None
+
+
+def log_model(client: "MlflowClient", root: Path, record: Record, parent: "Run") -> None:
+    """Log and register the one file that the last stage measured, and tag version and parent.
+
+    A file that is registered already is not stored again. Errors: InputError when models/ holds
+    another file now; whatever MLflow raises.
+    """
+    if digest(_MODELS) != record.model:
+        raise InputError(f"{_MODELS} does not hold the file that was evaluated: `dvc checkout` it")
+    bundle = find_bundle(_MODELS)
+    name = f"{record.experiment}-{record.tags['profile']}"  # its versions can replace each other
+    with locked(root):
+        same = f"name = '{name}' and tags.`{FILE}` = '{record.model}'"
+        known = client.search_model_versions(same)
+        number = known[0].version if known else _register(client, parent, bundle.model, name)
+    tags = {FILE: record.model, **promotion_tags(record, bundle.precision or "fp32")}
+    for key, value in tags.items():
+        client.set_model_version_tag(name, str(number), key, str(value))
+    client.set_tag(parent.info.run_id, MODEL, f"{name}/{number}")
+    client.set_tag(parent.info.run_id, FILE, record.model)
+
+
+def promotion_tags(record: Record, precision: str) -> dict[str, str]:
+    """What a promotion depends on and shows, of the very file that is registered.
+
+    There is no objection where every requirement was certified and the file was checked against
+    the network; `edgeke.<split>` are accuracy and cost at the default point.
+    """
+    prefix, metrics = "int8/" if precision == "int8" else "", record.headline
+    certified = {
+        match[1]: value == 1
+        for key, value in metrics.items()
+        if (match := re.fullmatch(rf"calibration/{prefix}([^/]+)/met", key))
+    }
+    objections = [f"{name} is not certified" for name, met in sorted(certified.items()) if not met]
+    if not certified:
+        objections.append("nothing was required of it (calibrate.requirements)")
+    parity = metrics.get(f"validation/{prefix}composed/parity_difference")
+    tolerance = float(record.params["export.parity_tolerance"])
+    if parity is None or not parity <= tolerance:
+        objections.append(f"its parity difference is {parity}, not at most {tolerance}")
+    tags = {"edgeke.precision": precision, OBJECTIONS: "; ".join(objections)}
+    for split in ("validation", "calibration", "test"):
+        keys = [f"{split}/{prefix}default/{what}" for what in ("accuracy", "cost_share")]
+        accuracy, cost = (metrics.get(key, float("nan")) for key in keys)
+        tags[f"edgeke.{split}"] = f"accuracy {accuracy:.4f}, cost {cost:.4f}"
+    return tags
+
+
+def _register(client: "MlflowClient", parent: "Run", file: Path, name: str) -> str:
+    """Store the model below its run and register it as the next version of `name`."""
+    from mlflow.exceptions import MlflowException
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types import ParamSchema, ParamSpec
 
     import mlflow
 
-    shape = Classifier(file).image_shape
-    signature = ModelSignature(
-        Schema([TensorSpec(np.dtype(np.uint8), (-1, *shape))]),
-        Schema(
-            [
-                ColSpec("long", "label"),
-                ColSpec("string", "class_name"),
-                ColSpec("double", "confidence"),
-                ColSpec("long", "exit"),
-            ]
-        ),
-        ParamSchema([ParamSpec(of, "double", None) for of in _REQUIREMENTS]),
-    )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        warnings.catch_warnings(record=True),  # advice about type hints
-        _globally(address),
-    ):
-        logged = mlflow.models.Model.log(
-            artifact_path=None,
-            name="edgeke",
-            flavor=mlflow.pyfunc,
-            run_id=address.parent,
-            registered_model_name=name,
+    requirements = list(inspect.signature(Classifier.predict).parameters)[2:]
+    parameters = ParamSchema([ParamSpec(key, "double", None) for key in requirements])
+    # What is recorded, and not shown, is advice about type hints.
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True):
+        mlflow.pyfunc.save_model(
+            f"{folder}/model",
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={"onnx": str(file)},
             code_paths=[str(copy_device_package(Path(folder)))],
-            pip_requirements=[f"{of}=={version(of)}" for of in ("mlflow", "numpy", "onnxruntime")],
-            signature=signature,
-            input_example=np.zeros((1, *shape), np.uint8),
+            pip_requirements=[
+                f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")
+            ],
+            # Without inputs: by a schema of uint8 MLflow would cast 0.7 to 0 and 300 to 44.
+            signature=ModelSignature(params=parameters),
+            input_example=np.zeros((1, *Classifier(file).image_shape), np.uint8),
         )
-    return str(logged.registered_model_version)
-
-
-@contextlib.contextmanager
-def _globally(address: Address) -> Iterator[None]:
-    """MLflow's global state set to the run's store and experiment: no client can log a model."""
-    import mlflow
-
-    before = {name: os.environ.get(name) for name in _GLOBAL}
-    mlflow.set_tracking_uri(address.uri)
+        run, experiment = parent.info.run_id, parent.info.experiment_id
+        model = client.create_logged_model(experiment, "edgeke", source_run_id=run)
+        client.log_model_artifacts(model.model_id, f"{folder}/model")
+        client.finalize_logged_model(model.model_id, "READY")
     try:
-        run = mlflow.MlflowClient(address.uri).get_run(str(address.parent))
-        mlflow.set_experiment(experiment_id=run.info.experiment_id)
-        yield
-    finally:
-        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # as it was: the environment decides
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name)
+    # Not models:/<id>, which MLflow would look up in the store of its global state.
+    source, model_id = model.artifact_location, model.model_id
+    return str(client.create_model_version(name, source, run, model_id=model_id).version)

@@ -1,8 +1,13 @@
 """The model as MLflow serves it; it runs this file ("models from code"), no object is stored.
 
-It stands beside the artifact `onnx` and a copy of the device room, and needs neither torch nor DVC.
+It is stored beside the artifact `onnx` and a copy of the device package: neither torch nor DVC is
+needed. MLflow drops parameters that it does not know with a warning, and fields of a request
+without one; an answer without the requirement that was misspelt would be silently wrong, so both
+are refused here.
 """
 
+import importlib
+import inspect
 from typing import Any
 
 import numpy as np
@@ -16,6 +21,9 @@ from edgeke.errors import InputError
 
 __all__ = ["Served"]
 
+_FIELDS = ("inputs", "instances", "params")
+_REQUIREMENTS = tuple(inspect.signature(Classifier.predict).parameters)[2:]
+
 
 class Served(PythonModel):
     """Images in, answers out, within the requirements given as parameters of the request."""
@@ -23,17 +31,24 @@ class Served(PythonModel):
     def load_context(self, context: Any) -> None:
         """Open the one-file model."""
         self.classifier = Classifier(context.artifacts["onnx"])
+        _refuse_unknown()
 
     # `model_input` has no type: MLflow would read one as a promise of another kind of signature.
     def predict(self, context, model_input, params=None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
-        """One row per image of uint8 `[N, H, W, C]`: label, class, confidence and exit.
+        """One row per image of `[N, H, W, C]`, 0 to 255: label, class_name, confidence, exit.
 
-        `params` are the requirements that `Classifier.predict` takes, null where nothing is asked.
+        `params` are the requirements that `Classifier.predict` takes, null where there is none.
         Errors: MlflowException (400) for requirements that cannot be met, and for wrong images.
         """
-        asked = {key: value for key, value in (params or {}).items() if value is not None}
+        requirements = {key: value for key, value in (params or {}).items() if value is not None}
         try:
-            answers = [self.classifier.predict(image, **asked) for image in np.asarray(model_input)]
+            if not isinstance(model_input, np.ndarray | list):
+                raise InputError("images must be a list [N, H, W, C] under `inputs`")
+            images = np.asarray(model_input)
+            whole = np.issubdtype(images.dtype, np.integer) and images.size
+            if whole and images.min() >= 0 and images.max() <= 255:
+                images = images.astype(np.uint8)  # JSON's numbers; the classifier refuses others
+            answers = [self.classifier.predict(image, **requirements) for image in images]
         except InputError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
         return pd.DataFrame(
@@ -43,6 +58,36 @@ class Served(PythonModel):
                 "confidence": [float(answer.probabilities.max()) for answer in answers],
                 "exit": [answer.exit for answer in answers],
             }
+        )
+
+
+def _refuse_unknown() -> None:
+    """Wrap the two functions of MLflow that drop what they do not know."""
+    pyfunc: Any = importlib.import_module("mlflow.pyfunc")
+    server: Any = importlib.import_module("mlflow.pyfunc.scoring_server")
+    enforce, split = pyfunc._enforce_params_schema, server._split_data_and_params
+    if hasattr(enforce, "edgeke"):
+        return
+
+    def enforce_params(params: Any, schema: Any) -> Any:
+        ours = schema is not None and {spec.name for spec in schema.params} == set(_REQUIREMENTS)
+        if ours and isinstance(params, dict):
+            _check("parameter", params, _REQUIREMENTS)
+        return enforce(params, schema)
+
+    def split_request(text: Any) -> Any:
+        _check("field", server._decode_json_input(text), _FIELDS)
+        return split(text)
+
+    enforce_params.edgeke = True  # type: ignore[attr-defined]
+    pyfunc._enforce_params_schema, server._split_data_and_params = enforce_params, split_request
+
+
+def _check(kind: str, names: dict[str, Any], known: tuple[str, ...]) -> None:
+    unknown = ", ".join(sorted(set(names) - set(known)))
+    if unknown:
+        raise MlflowException.invalid_parameter_value(
+            f"unknown {kind} {unknown}; use {', '.join(known)}"
         )
 
 

@@ -1,17 +1,123 @@
-"""Parameters whose runs land in an experiment of the test's own."""
+"""A repository of the test's own experiment, what MLflow holds of it, and a finished pipeline."""
 
 import copy
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from toys import ROOT
 
 from edgeke import params
+from edgeke.files import write_json, write_table
+from edgeke.tracking.results import RESULTS
+from edgeke.tracking.runs import stage_run
+from edgeke.tracking.store import project_root, store_uri
 
 
 @pytest.fixture
 def loaded(request) -> params.Params:
     """params.yaml, with an experiment of the test's own."""
     content = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
-    content["tracking"]["experiment"] = request.node.name
+    content["tracking"]["experiment"] = re.sub(r"\W+", "-", request.node.name)
     return params.parse(content)
+
+
+class Experiment:
+    """What MLflow holds of one experiment; it has none before the first run."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def client(self):
+        from mlflow import MlflowClient
+
+        return MlflowClient(store_uri(project_root()))
+
+    @property
+    def runs(self) -> list:
+        found = self.client.get_experiment_by_name(self.name)
+        return self.client.search_runs([found.experiment_id]) if found else []
+
+    @property
+    def parents(self) -> list:
+        return [run for run in self.runs if "mlflow.parentRunId" not in run.data.tags]
+
+    @property
+    def children(self) -> dict[str, SimpleNamespace]:
+        """By slot; of several the newest."""
+        below = [run for run in self.runs if "mlflow.parentRunId" in run.data.tags]
+        return {run.data.tags["edgeke.slot"]: run for run in reversed(below)}
+
+    def curve(self, slot: str, key: str) -> list[tuple[int, float]]:
+        run = self.children[slot].info.run_id
+        return [(m.step, m.value) for m in self.client.get_metric_history(run, key)]
+
+    def everything(self) -> dict:
+        """All that is stored, to compare."""
+        return {
+            run.info.run_id: (
+                run.info.status,
+                run.data.params,
+                run.data.tags,
+                {
+                    key: [
+                        (m.step, m.value, m.timestamp)
+                        for m in self.client.get_metric_history(run.info.run_id, key)
+                    ]
+                    for key in run.data.metrics
+                },
+            )
+            for run in self.runs
+        }
+
+
+@pytest.fixture
+def experiment(loaded) -> Experiment:
+    return Experiment(loaded.tracking.experiment)
+
+
+def run_stage(slot: str, loaded: params.Params, metrics=None, rows=(), headline=None) -> None:
+    """A stage as stages/ run them: its epochs live, then its files in results/."""
+    with stage_run(slot, loaded) as run:
+        if headline:
+            run.headline(headline)
+            run.model(Path("models"))
+        for row in rows:
+            run.epoch(row["epoch"], {f"train/branch_{row['branch']}/loss": row["train/loss"]})
+        if rows:
+            write_table(RESULTS / slot / "history.csv", rows)
+        write_json(RESULTS / slot / "metrics.json", metrics or {"m": 1.0})
+
+
+ROWS = [
+    {"branch": branch, "epoch": epoch, "train/loss": 1 / epoch + branch}
+    for branch in (0, 1)
+    for epoch in (1, 2, 3)
+]
+HEADLINE = {
+    "validation/int8/default/accuracy": 0.96,
+    "validation/int8/default/cost_share": 0.75,
+    "validation/int8/composed/parity_difference": 1e-7,
+    "calibration/int8/max_cost_0.9/met": 1.0,
+    "test/int8/default/accuracy": 0.95,
+}
+EVALUATED = {"test/int8/default/accuracy": 0.95, "test/int8/edgeke/load_ms": 5.0}
+
+
+def run_pipeline(loaded: params.Params, headline=HEADLINE) -> None:
+    """A pipeline in short: a stage that trains two branches, two that measure."""
+    run_stage("distill", loaded, {"validation/branch_0/accuracy": 0.5}, ROWS)
+    run_stage("calibrate", loaded)
+    run_stage("evaluate", loaded, EVALUATED, headline=headline)
+
+
+@pytest.fixture
+def repository(here: Path, loaded: params.Params) -> Path:
+    """The working folder with a params.yaml that names the test's experiment."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content["tracking"]["experiment"] = loaded.tracking.experiment
+    (here / "params.yaml").write_text(yaml.safe_dump(content))
+    return here

@@ -3,12 +3,8 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -20,9 +16,11 @@ from edgeke.device.classifier import Classifier
 from edgeke.graph.quantise import quantise_segments
 from edgeke.graph.segments import export_segments
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.tracking import store as stores
-from edgeke.tracking.models import MODEL, model_name
-from edgeke.tracking.runs import stage_run
+from edgeke.tracking.__main__ import main
+from edgeke.tracking.models import MODEL
+from edgeke.tracking.store import project_root, store_uri
+
+from .conftest import HEADLINE, run_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow")
 
@@ -40,83 +38,99 @@ def models(architecture, dataset, tmp_path_factory) -> Path:
     return build(folder, coarse, "margin", ".int8", dataset)
 
 
-def client():
-    from mlflow import MlflowClient
-
-    return MlflowClient(stores.store_uri(stores.project_root()))
-
-
-def logged(models: Path, params) -> str:
-    """The tag that a pipeline state's parent gets."""
-    with stage_run("evaluate", params) as run:
-        run.model(models)
-        parent = run.outbox.address.parent
-    return client().get_run(parent).data.tags[MODEL]
+@pytest.fixture
+def evaluated(repository: Path, models: Path) -> Path:
+    """The models of a workspace, before its stages ran."""
+    return Path(shutil.copytree(models, repository / "models"))
 
 
-def test_the_int8_file_is_registered_below_its_profile(here, loaded, models):
-    tag = logged(models, loaded)
-    name = model_name(loaded)
-    assert tag == f"{name}/1"
-    assert name.endswith("-digits")
-    version = client().get_model_version(name, "1")
-    assert version.tags["edgeke.precision"] == "int8"
-    folder = stored(name)
+def version(experiment, number: int = 1):
+    return experiment.client.get_model_version(f"{experiment.name}-digits", str(number))
+
+
+def stored(experiment) -> Path:
+    """The files that MLflow keeps of version 1."""
+    from mlflow.artifacts import download_artifacts
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MLFLOW_TRACKING_URI", store_uri(project_root()))
+        return Path(download_artifacts(f"models:/{experiment.name}-digits/1"))
+
+
+def test_the_int8_file_is_registered_with_what_promotion_needs(evaluated, loaded, experiment):
+    before = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
+    run_pipeline(loaded)
+    left = {key for key, value in os.environ.items() if before.get(key) != value}
+    assert not left & {"MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"}
+    assert experiment.parents[0].data.tags[MODEL] == f"{experiment.name}-digits/1"
+    tags = version(experiment).tags
+    assert tags["edgeke.precision"] == "int8"
+    assert tags["edgeke.objections"] == ""
+    assert tags["edgeke.validation"] == "accuracy 0.9600, cost 0.7500"
+    assert tags["edgeke.test"] == "accuracy 0.9500, cost nan"
+    folder = stored(experiment)
     copy = folder / "artifacts" / "edgeke.int8.onnx"
-    assert copy.read_bytes() == (models / "edgeke.int8.onnx").read_bytes()
-    described = (folder / "MLmodel").read_text()
-    assert "loader_module: mlflow.pyfunc.loaders.code_model" in described
-    assert f'shape": [-1, {SIZE}, {SIZE}, 1]' in " ".join(described.split())
-    assert "input_example.json" in described
+    assert copy.read_bytes() == (evaluated / "edgeke.int8.onnx").read_bytes()
     assert not list(folder.rglob("*.pkl"))
     assert "torch" not in (folder / "requirements.txt").read_text()
 
 
-def test_logging_a_model_leaves_mlflow_s_global_state_alone(here, loaded, models, monkeypatch):
-    import mlflow
-
-    before = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
-    logged(models, loaded)
-    left = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
-    new = {key for key in left if left[key] != before.get(key)}
-    assert not new & {"MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"}
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
-    assert mlflow.get_tracking_uri() == "http://elsewhere"
-
-
-def stored(name: str) -> Path:
-    version = client().search_model_versions(f"name = '{name}'")[0]
-    from mlflow.artifacts import download_artifacts
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("MLFLOW_TRACKING_URI", stores.store_uri(stores.project_root()))
-        return Path(download_artifacts(f"models:/{name}/{version.version}"))
+@pytest.mark.parametrize(
+    ("changes", "objection"),
+    [
+        ({"calibration/int8/max_cost_0.9/met": 0.0}, "max_cost_0.9 is not certified"),
+        ({"calibration/int8/max_cost_0.9/met": None}, "nothing was required of it"),
+        ({"validation/int8/composed/parity_difference": None}, "parity difference is None"),
+        ({"validation/int8/composed/parity_difference": 2e-4}, "parity difference is 0.0002"),
+    ],
+)
+def test_objections_are_those_of_the_file_that_is_registered(
+    evaluated, loaded, experiment, monkeypatch, changes, objection
+):
+    fp32 = {"calibration/max_cost_0.9/met": 1.0, "validation/composed/parity_difference": 0.0}
+    values = {k: v for k, v in {**HEADLINE, **fp32, **changes}.items() if v is not None}
+    monkeypatch.setattr("edgeke.tracking.models._register", lambda *_: registered(experiment))
+    run_pipeline(loaded, values)
+    assert objection in version(experiment).tags["edgeke.objections"]
 
 
-def test_the_same_file_is_stored_once_and_another_is_a_new_version(here, store, loaded, models):
-    other = replace(loaded, kd=replace(loaded.kd, beta=0.25))
-    name = model_name(loaded)
-    assert [logged(models, loaded), logged(models, other)] == [f"{name}/1", f"{name}/1"]
-    changed = here / "models"
-    changed.mkdir()
-    shutil.copy(models / "edgeke.onnx", changed)
-    assert logged(changed, loaded) == f"{name}/2"
-    assert client().get_model_version(name, "2").tags["edgeke.precision"] == "fp32"
-    kept = client().search_model_versions(f"name = '{name}'")
-    assert len({version.source for version in kept}) == 2
+def registered(experiment) -> str:
+    """A version without files, which take seconds."""
+    name = f"{experiment.name}-digits"
+    experiment.client.create_registered_model(name)
+    return experiment.client.create_model_version(name, "file:///nowhere").version
 
 
-def test_a_model_that_cannot_be_logged_costs_no_evaluation(here, loaded, models, capsys):
-    with stage_run("evaluate", loaded) as run:
-        run.model(here / "nowhere")
-        run.headline({"test/default/accuracy": 0.5})
-        parent = run.outbox.address.parent
-    assert "the model was not logged" in capsys.readouterr().err
-    assert client().get_run(parent).data.metrics == {"test/default/accuracy": 0.5}
+def test_the_same_file_is_stored_once_and_another_is_a_new_version(evaluated, loaded, experiment):
+    for beta in (0.5, 0.25):
+        run_pipeline(replace(loaded, kd=replace(loaded.kd, beta=beta)))
+    assert {run.data.tags[MODEL] for run in experiment.parents} == {f"{experiment.name}-digits/1"}
+    (evaluated / "edgeke.int8.onnx").unlink()
+    run_pipeline(loaded)
+    assert version(experiment, 2).tags["edgeke.precision"] == "fp32"
 
 
-WITHOUT = """
-import builtins, runpy, sys
+def test_a_model_that_could_not_be_registered_is_by_resend(
+    evaluated, loaded, experiment, capsys, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr("edgeke.tracking.models._register", lambda *_: 1 / 0)
+        run_pipeline(loaded)
+    assert "(division by zero)" in capsys.readouterr().err
+    (parent,) = experiment.parents
+    assert "test/int8/default/accuracy" in parent.data.metrics
+    file = evaluated / "edgeke.int8.onnx"
+    content = file.read_bytes()
+    file.write_bytes(b"another model, trained meanwhile")
+    assert main() == 1
+    assert "does not hold the file that was evaluated" in capsys.readouterr().err
+    file.write_bytes(content)
+    assert main() == 0
+    assert experiment.parents[0].data.tags[MODEL] == f"{experiment.name}-digits/1"
+
+
+SERVE = """
+import asyncio, builtins, json, sys
 real = builtins.__import__
 def guard(name, *rest, **more):
     if name.split(".")[0] in ("torch", "dvc", "scipy", "onnx", "sklearn"):
@@ -124,91 +138,75 @@ def guard(name, *rest, **more):
     return real(name, *rest, **more)
 builtins.__import__ = guard
 import mlflow, numpy as np
+from mlflow.pyfunc import scoring_server
 model = mlflow.pyfunc.load_model(sys.argv[1])
-print(model.predict(np.zeros((1, 8, 8, 1), np.uint8)).to_json(orient="records"))
+app = scoring_server.init(model)
+async def post(body):
+    sent = []
+    async def receive():
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+    async def send(message):
+        sent.append(message)
+    head = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": head,
+             "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("x", 80)}
+    await app(scope, receive, send)
+    return sent[0]["status"], json.loads(b"".join(part.get("body", b"") for part in sent[1:]))
+async def post_all():
+    return [await post(body) for body in json.load(sys.stdin)]
+answers = asyncio.run(post_all())
+image = np.zeros((1, 8, 8, 1), np.uint8)
+try:
+    model.predict(image, params={"max_los": 0.5})
+except mlflow.MlflowException as error:
+    answers.append((400, {"message": str(error)}))
 import edgeke
-print(edgeke.__file__)
+print(json.dumps([edgeke.__file__, len(model.predict(image)), answers]))
 """
 
 
-def test_the_model_loads_where_no_torch_and_no_project_is(here, loaded, models):
-    logged(models, loaded)
-    folder = stored(model_name(loaded))
+def test_it_is_served_without_torch_and_refuses_what_mlflow_would_drop_or_cast(
+    evaluated, loaded, experiment, dataset
+):
+    """Through the app that `mlflow models serve` runs, in a process without our repository."""
+    run_pipeline(loaded)
+    images = channels_last(dataset["test"].images)[:5]
+    image = images[0].tolist()
+    bodies = [
+        ({"inputs": images.tolist()}, None),
+        ({"inputs": [image], "params": {"min_accuracy": 0.9999}}, "min_accuracy"),
+        ({"inputs": (images / 255).tolist()}, "uint8"),
+        ({"inputs": (images + 0.0).tolist()}, "uint8"),
+        ({"inputs": [[[[300]] * 8] * 8]}, "uint8"),
+        ({"inputs": [[[[-1]] * 8] * 8]}, "uint8"),
+        ({"inputs": [[[[0]]]]}, "[8, 8, 1]"),
+        ({"inputs": {"image": [image]}}, "must be a list"),
+        ({"inputs": [image], "params": {"max_los": 0.5}}, "unknown parameter max_los; use"),
+        ({"inputs": [image], "parms": {"min_accuracy": 0.5}}, "unknown field parms; use"),
+        ({"inputs": [image], "params": {"min_accuracy": "0.5"}}, "min_accuracy"),
+    ]
+    folder = stored(experiment)
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, str(folder)],
+        [sys.executable, "-c", SERVE, str(folder)],
+        input=json.dumps([body for body, _ in bodies]),
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answer, where = done.stdout.splitlines()[-2:]
-    assert set(json.loads(answer)[0]) == {"label", "class_name", "confidence", "exit"}
+    where, count, answers = json.loads(done.stdout.splitlines()[-1])
     assert Path(where).is_relative_to(folder)
-
-
-def ask(port: int, body: object) -> tuple[int, dict]:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/invocations",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
-
-
-def test_mlflow_serves_it(here, loaded, models, dataset):
-    logged(models, loaded)
-    name = model_name(loaded)
-    client().set_registered_model_alias(name, "champion", "1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["mlflow", "models", "serve", "-m", f"models:/{name}@champion"]
-    log = here / "server.log"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment["MLFLOW_TRACKING_URI"] = stores.store_uri(stores.project_root())
-    with (
-        log.open("w") as out,
-        subprocess.Popen(
-            [*command, "--env-manager", "local", "-p", str(port)],
-            env=environment, stdout=out, stderr=out, start_new_session=True,
-        ) as server,
-    ):  # fmt: skip
-        try:
-            wait(port, server, log)
-            images = channels_last(dataset["test"].images)[:5]
-            status, answer = ask(port, {"inputs": images.tolist()})
-            assert status == 200, answer
-            own = [Classifier(models).predict(image) for image in images]
-            for row, expected in zip(answer["predictions"], own, strict=True):
-                assert row["label"] == expected.label
-                assert row["class_name"] == expected.class_name
-                assert row["exit"] == expected.exit
-                assert row["confidence"] == pytest.approx(float(expected.probabilities.max()))
-            # Requirements travel as parameters; one that nobody can meet is said in words.
-            body = {"inputs": images.tolist(), "params": {"min_accuracy": 0.9999}}
-            status, answer = ask(port, body)
-            assert status == 400
-            assert "min_accuracy" in answer["message"]
-            assert "Traceback" not in answer["message"]
-            status, answer = ask(port, {"inputs": [[[[0]]]]})
-            assert status == 400
-        finally:
-            os.killpg(server.pid, 15)
-
-
-def wait(port: int, server: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
-        if server.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/ping").close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    pytest.fail(log.read_text()[-3000:])
+    assert count == 1
+    status, first = answers[0]
+    assert status == 200, first
+    own = [Classifier(evaluated).predict(image) for image in images]
+    for row, expected in zip(first["predictions"], own, strict=True):
+        assert (row["label"], row["class_name"]) == (expected.label, expected.class_name)
+        assert row["exit"] == expected.exit
+        assert row["confidence"] == pytest.approx(float(expected.probabilities.max()))
+    for (body, words), (status, answer) in zip(bodies[1:], answers[1:-1], strict=True):
+        assert status == 400, body["params"]
+        assert words in answer["message"].split("Error:")[-1], answer["message"][-300:]
+        assert "Traceback" not in answer["message"]
+    assert "unknown parameter max_los" in answers[-1][1]["message"]

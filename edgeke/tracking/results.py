@@ -1,0 +1,166 @@
+"""Logs what results/ hold: one parent run per pipeline state, one child per executed stage.
+
+The parent carries the tag `edgeke.state`, a child the id of its record in `edgeke.execution`: so
+whichever process logs a stage, and however often, it finds what is there and adds what is missing.
+"""
+
+import csv
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeke.errors import InputError
+from edgeke.files import read_json
+from edgeke.tracking.state import PARENT, Record
+from edgeke.tracking.store import locked, open_experiment
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from mlflow import MlflowClient
+
+__all__ = ["RESULTS", "STATE", "create_child", "log_results", "log_stage", "metric_name"]
+
+RESULTS = Path("results")
+STATE = "edgeke.state"  # tag of a parent: a hash of the content and the DVC experiment's name
+_EXECUTION = "edgeke.execution"  # tag of a child: the id of its record
+
+Curve = dict[tuple[str, int], float]  # by metric and step
+
+
+def log_results(client: "MlflowClient", root: Path) -> None:
+    """Log every stage whose record is in results/, and complete the parent of the last one.
+
+    Only the last stage's record has a headline. Errors: whatever MLflow raises.
+    """
+    records = [_read_record(path) for path in RESULTS.glob("**/run.json")]
+    children: dict[str, Run] = {}
+    for record in sorted(filter(None, records), key=lambda record: record.started):
+        children[record.slot] = log_stage(client, root, record)
+        if record.headline:
+            _complete_parent(client, root, record, children)
+
+
+def log_stage(client: "MlflowClient", root: Path, record: Record) -> "Run":
+    """A stage's run, complete with what is in `results/<slot>/`; a deleted one stays deleted."""
+    experiment = open_experiment(client, record.experiment, root)
+    child = _find(client, experiment, _EXECUTION, record.id, deleted=True)
+    if child and (child.info.status == "FINISHED" or child.info.lifecycle_stage == "deleted"):
+        return child
+    child = child or create_child(client, root, record, {})
+    curve = _read_history(RESULTS / record.slot / "history.csv")
+    metrics = RESULTS / record.slot / "metrics.json"
+    _log_missing(client, child, curve, read_json(metrics) if metrics.exists() else {}, record)
+    client.set_terminated(child.info.run_id, "FINISHED", record.ended)
+    parent = client.get_run(child.data.tags[PARENT])
+    if parent.info.status == "RUNNING":
+        client.set_terminated(parent.info.run_id, "FINISHED", record.ended)
+    return child
+
+
+def create_child(
+    client: "MlflowClient", root: Path, record: Record, more: Mapping[str, str]
+) -> "Run":
+    """Make a stage's run below its state's parent, found or made, with `more` tags."""
+    from mlflow.entities import Param
+
+    tags = {**record.tags, **more}
+    with locked(root):
+        experiment = open_experiment(client, record.experiment, root)
+        parent = _find(client, experiment, STATE, record.state, deleted=False)
+        if parent is None:
+            own = {key: value for key, value in tags.items() if key != "DVC_STAGE"}
+            own[STATE] = record.state
+            parent = client.create_run(experiment, record.started, own, record.name)
+        if not parent.data.params:  # new, or the store went away between its making and this
+            values = [Param(key, value) for key, value in record.params.items()]
+            client.log_batch(parent.info.run_id, params=values, synchronous=True)
+        tags |= {"edgeke.slot": record.slot, _EXECUTION: record.id, PARENT: parent.info.run_id}
+        return client.create_run(experiment, record.started, tags, record.slot)
+
+
+def metric_name(key: str) -> str:
+    """The key as MLflow accepts it: other characters, from names of classes, as code points."""
+    return re.sub(r"[^\w\-. :/]", lambda refused: f"-u{ord(refused[0]):x}-", key)[:250]
+
+
+def _complete_parent(
+    client: "MlflowClient", root: Path, record: Record, children: Mapping[str, "Run"]
+) -> None:
+    """Add the headline, links to the runs of stages that DVC restored, and the model."""
+    from edgeke.tracking.models import FILE, log_model
+
+    parent = client.get_run(children[record.slot].data.tags[PARENT])
+    run, tags = parent.info.run_id, parent.data.tags
+    if parent.info.lifecycle_stage == "deleted":
+        return
+    _log_missing(client, parent, {}, record.headline, record)
+    for slot, child in children.items():
+        link = f"edgeke.restored.{slot}"
+        active = child.info.lifecycle_stage == "active"
+        if active and child.data.tags[PARENT] != run and link not in tags:
+            client.set_tag(run, link, child.info.run_id)
+    if parent.info.status != "FINISHED":
+        client.set_terminated(run, "FINISHED", record.ended)
+    if record.model is not None and tags.get(FILE) != record.model:
+        log_model(client, root, record, parent)
+
+
+def _log_missing(
+    client: "MlflowClient", run: "Run", curve: Curve, final: Mapping[str, float], record: Record
+) -> None:
+    """Log what a run lacks of a curve, and final metrics that differ from its latest ones.
+
+    Final metrics belong to the last epoch, or to step 0 where nothing was trained.
+    """
+    from mlflow.entities import Metric
+
+    latest, last = run.data.metrics, max((step for _, step in curve), default=0)
+    steps = {
+        key: {point.step for point in client.get_metric_history(run.info.run_id, key)}
+        for key in {key for key, _ in curve} & set(latest)
+    }
+    points = {(k, step): v for (k, step), v in curve.items() if step not in steps.get(k, ())}
+    latest = latest | {key: value for (key, _), value in sorted(curve.items())}
+    names = {metric_name(key): value for key, value in final.items()}
+    points |= {(key, last): value for key, value in names.items() if latest.get(key) != value}
+    metrics = [Metric(key, value, record.ended, step) for (key, step), value in points.items()]
+    client.log_batch(run.info.run_id, metrics=metrics, synchronous=True)
+
+
+def _read_history(path: Path) -> Curve:
+    """The curves in a history.csv; empty where a stage trains nothing.
+
+    Where several branches share the table, `train/loss` of branch 0 is `train/branch_0/loss`.
+    """
+    curve: Curve = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                epoch, branch = int(row.pop("epoch")), row.pop("branch", None)
+                for key, value in row.items():
+                    name = key.replace("/", f"/branch_{branch}/", 1) if branch else key
+                    if value:
+                        curve[metric_name(name), epoch] = float(value)
+    return curve
+
+
+def _read_record(path: Path) -> Record | None:
+    """A stage's record, or None for the note of an earlier version. Errors: InputError."""
+    content = read_json(path)
+    try:
+        return None if "run_id" in content else Record(**content)
+    except TypeError:
+        raise InputError(f"{path} is no record of a run; delete it and run `dvc repro`") from None
+
+
+def _find(
+    client: "MlflowClient", experiment: str, tag: str, value: str, deleted: bool
+) -> "Run | None":
+    """The newest run with a tag, or None; with `deleted` also one that was deleted in the UI."""
+    from mlflow.entities import ViewType
+
+    view = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
+    runs = client.search_runs([experiment], f"tags.`{tag}` = '{value}'", view, 1)
+    return runs[0] if runs else None
