@@ -31,7 +31,7 @@ show: setup ## experiments in the terminal: what was changed and the headline me
 	dvc exp show --no-pager --drop '.*' \
 	  --keep '(Experiment|Created|profile$$|kd\.|branchynet\.|test/(full|exit_0|teacher)/accuracy$$)'
 
-compare: setup ## runs in MLflow ranked by validation, seeds averaged; .edgeke/compare.html: pictures
+compare: setup ## runs ranked by accuracy and cost, seeds averaged; .edgeke/compare.html: a chart
 	python -m edgeke.compare
 
 plots: setup ## dvc_plots/index.html: curves, accuracy against cost, exit shares, reliability
@@ -49,5 +49,5 @@ bundle: setup ## bundle/ and bundle.zip: the built model with all it needs on a 
 promote: setup ## alias a certified model: make promote RUN=name-or-id [ALIAS=challenger]
 	python -m edgeke.promote $(RUN) --alias $(or $(ALIAS),champion)
 
-resend: setup ## send MLflow what stages kept while it was away; mark dead runs as killed
+resend: setup ## log what results/ hold and MLflow lacks; mark dead runs as killed
 	python -m edgeke.tracking
