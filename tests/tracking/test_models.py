@@ -175,6 +175,7 @@ def test_it_is_served_without_torch_and_refuses_what_mlflow_would_drop_or_cast(
     bodies = [
         ({"inputs": images.tolist()}, None),
         ({"inputs": [image], "params": {"min_accuracy": 0.9999}}, "min_accuracy"),
+        ({"inputs": [image], "params": {"min_accuracy": 0.1, "delta": 1e-9}}, "delta"),
         ({"inputs": (images / 255).tolist()}, "uint8"),
         ({"inputs": (images + 0.0).tolist()}, "uint8"),
         ({"inputs": [[[[300]] * 8] * 8]}, "uint8"),
