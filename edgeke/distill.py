@@ -54,6 +54,7 @@ def distill(
             plan=plan,
             kd=kd,
             architecture=network.architecture,
+            start=fingerprint(network),
             data=dataset.sha256,
             teacher=fingerprint(teacher),
         )

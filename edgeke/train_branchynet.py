@@ -61,6 +61,17 @@ def train_branchynet(
     if order.starts:
         plain.load_branch(0, branches[main])
     network.to(device)
+    depends_on = {
+        "plans": plans,
+        "kd": kd,
+        "weights": weights,
+        "detach": detach,
+        "order": order,
+        "architecture": student,
+        "start": fingerprint(network),
+        "data": dataset.sha256,
+        "teacher": fingerprint(teacher),
+    }
     resumes: list[ResumeFile] = []
     rows: dict[int, dict[str, float]] = {}
 
@@ -69,34 +80,22 @@ def train_branchynet(
         on_epoch(epoch, row)
 
     def train(
-        phase: int, view: nn.Module, root: BranchyNet, objective: Objective, names: tuple[str, ...]
+        number: int, root: BranchyNet, view: nn.Module, objective: Objective, names: tuple[str, ...]
     ) -> None:
-        resume = ResumeFile(
-            f"train_branchynet/{phase}/{'plain' if root is plain else 'exits'}",
-            plans=plans,
-            kd=kd,
-            weights=weights,
-            detach=detach,
-            order=order,
-            architecture=student,
-            data=dataset.sha256,
-            teacher=fingerprint(teacher),
-            branches=starts,
-        )
-        resumes.append(resume)
+        slot = f"train_branchynet/{number}/{'plain' if root is plain else 'exits'}"
+        resumes.append(ResumeFile(slot, **depends_on))
         fit(
             view,
             objective,
             images,
-            plans[phase],
+            plans[number],
             description=", ".join(names),
             on_epoch=on_phase_epoch,
             names=names,
             root=root,
-            resume=resume,
+            resume=resumes[-1],
         )
 
-    starts = [fingerprint(branches[number]) for number in sorted(branches)]
     for number, phase in enumerate(order.phases):
         joint = len(phase.exits) > 1
         smoothing = plans[number].optimisation.label_smoothing
@@ -112,7 +111,7 @@ def train_branchynet(
             paper_factor=order.paper_factor,
         )
         view = phase_network(network, phase, detach=detach)
-        train(number, view, network, objective, tuple(f"exit_{exit}" for exit in phase.exits))
+        train(number, network, view, objective, tuple(f"exit_{exit}" for exit in phase.exits))
         if joint:
             alone = make_objective(kd, teacher, joint=True, label_smoothing=smoothing)
             train(number, plain, plain, alone, ("plain",))

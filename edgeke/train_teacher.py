@@ -8,7 +8,7 @@ from edgeke.learning.fit import OnEpoch, fit
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
 from edgeke.learning.parallel import local_device
-from edgeke.learning.resume import ResumeFile
+from edgeke.learning.resume import ResumeFile, fingerprint
 from edgeke.learning.trained import Trained
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import Network, Plan
@@ -21,7 +21,13 @@ def train_teacher(dataset: Dataset, network: Network, plan: Plan, *, on_epoch: O
     architecture = teacher_architecture(network, dataset)
     torch.manual_seed(plan.seed)
     teacher = BranchyNet(architecture)
-    resume = ResumeFile("train_teacher", plan=plan, architecture=architecture, data=dataset.sha256)
+    resume = ResumeFile(
+        "train_teacher",
+        plan=plan,
+        architecture=architecture,
+        start=fingerprint(teacher),
+        data=dataset.sha256,
+    )
     history = fit(
         teacher,
         CrossEntropy(label_smoothing=plan.optimisation.label_smoothing),

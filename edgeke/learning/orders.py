@@ -3,16 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = [
-    "ORDERS",
-    "Order",
-    "Phase",
-    "asynchronous",
-    "asynchronous_back",
-    "independent",
-    "mixed",
-    "synchronous",
-]
+__all__ = ["ORDERS", "Order", "Phase"]
 
 
 @dataclass(frozen=True)

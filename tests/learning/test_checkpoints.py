@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import SIZE
+from toys import SIZE, replace
 
 from edgeke.errors import InputError
 from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
@@ -67,3 +67,12 @@ def test_missing_files_are_named(saved: Path):
         load_checkpoint(saved, CPU)
     with pytest.raises(InputError, match=r"other\.json is missing"):
         load_checkpoint(saved.with_name("other"), CPU)
+
+
+def test_a_network_of_other_data_is_refused(saved: Path):
+    assert load_checkpoint(saved, CPU, PREPROCESSING)
+    other = replace(PREPROCESSING, classes=("left", "down", "up"))
+    with pytest.raises(
+        InputError, match=r"net\.safetensors was trained on images of other classes"
+    ):
+        load_checkpoint(saved, CPU, other)

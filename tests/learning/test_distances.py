@@ -126,11 +126,3 @@ def test_extreme_logits_stay_finite(name):
     assert value.isfinite().all()
     assert student.grad is not None
     assert student.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_one_teacher_for_several_exits(name):
-    students, teacher = torch.stack([logits(0), logits(2)]), logits(1)
-    together = distance(name, students, teacher[None], 4.0)
-    assert together.shape == (2, 6)
-    assert torch.allclose(together[1], distance(name, students[1], teacher, 4.0))

@@ -140,7 +140,7 @@ def test_an_unusable_checkpoint_is_ignored_with_one_line(dataset, plan, capsys, 
 
 def test_a_killed_stage_goes_on_to_bit_identical_weights(dataset_file: Path):
     root, command = dataset_file.parents[1], ("-m", "stages.train_teacher")
-    write_params(root, epochs=60)
+    write_params(root, epochs=150)
     content = yaml.safe_load((root / "params.yaml").read_text())
     content["augmentation"] |= {"mixup": 0.2, "cutout": 3}
     content["optimisation"]["ema"] = 0.9
