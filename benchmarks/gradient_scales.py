@@ -37,10 +37,10 @@ def main() -> None:
     )
     for where, noise in (("near", 0.3), ("far", 1.5)):
         for temperature in (1.0, 4.0, 8.0):
-            found = scales(noise, temperature)
-            cells = " | ".join(f"{value:.2f}" for value in found.values())
+            norms = scales(noise, temperature)
+            cells = " | ".join(f"{value:.2f}" for value in norms.values())
             print(f"| {where} | {temperature:g} | {cells} |")
-            result[f"{where}_{temperature:g}"] = {k: round(v, 3) for k, v in found.items()}
+            result[f"{where}_{temperature:g}"] = {k: round(v, 3) for k, v in norms.items()}
     print(json.dumps(result))
 
 

@@ -55,7 +55,7 @@ def networks(width: int, device: torch.device) -> tuple[BranchyNet, BranchyNet]:
 
 
 class _Pictures(TorchDataset[tuple[Tensor, int]]):
-    """Images as PIL, transformed one by one when asked for."""
+    """Images as PIL, each transformed when it is read."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
         self.images, self.labels = images, labels

@@ -40,10 +40,10 @@ def logits(seed: int, scale: float = 3.0) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_values_equal_scipys(name, expected, temperature):
     student, teacher = logits(0), logits(1)
-    found = distance(name, student, teacher, temperature)
+    values = distance(name, student, teacher, temperature)
     pairs = zip(student.numpy(), teacher.numpy(), strict=True)
     by_scipy = [expected(softmax(s / temperature), softmax(t / temperature)) for s, t in pairs]
-    assert np.allclose(found.numpy(), by_scipy, rtol=1e-9, atol=1e-12)
+    assert np.allclose(values.numpy(), by_scipy, rtol=1e-9, atol=1e-12)
 
 
 def test_dkd_decouples_kl():
@@ -70,8 +70,8 @@ def transport(s: np.ndarray, t: np.ndarray, costs: np.ndarray) -> float:
 def test_class_aware_wasserstein_is_near_the_linear_programme():
     """The regularised divergence stays within 0.1 (of a largest cost of 1) of exact transport."""
     student, teacher = logits(0), logits(1)
-    found = wasserstein_classes(student, teacher, 1.0, COSTS)
-    for value, s, t in zip(found, student.numpy(), teacher.numpy(), strict=True):
+    values = wasserstein_classes(student, teacher, 1.0, COSTS)
+    for value, s, t in zip(values, student.numpy(), teacher.numpy(), strict=True):
         exact = transport(softmax(s), softmax(t), COSTS.numpy())
         assert float(value) == pytest.approx(exact, abs=0.1)
 
