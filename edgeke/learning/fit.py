@@ -75,7 +75,14 @@ def fit(
         on_epoch(epoch, row)
     done = training.epoch * training.steps + training.step
     total = recipe.epochs * training.steps
-    bar = tqdm(total=total, initial=done, desc=description, unit="step", mininterval=1)
+    bar = tqdm(
+        total=total,
+        initial=done,
+        desc=description,
+        unit="step",
+        mininterval=1,
+        disable=not parallel.first_process(),
+    )
     with stop_signals() as signals, bar:
         while not training.finished():
             while training.step < training.steps:

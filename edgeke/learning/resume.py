@@ -104,7 +104,8 @@ class ResumeFile:
 
     def remove(self) -> None:
         """Delete the file: the stage has written its result."""
-        self.path.unlink(missing_ok=True)
+        if first_process():  # which alone writes results
+            self.path.unlink(missing_ok=True)
 
 
 @cache
