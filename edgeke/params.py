@@ -183,8 +183,6 @@ class Requirement:
     def __post_init__(self) -> None:
         bounds = [self.max_cost, self.min_accuracy, self.max_degradation]
         _use(bounds.count(None) == 2, "one of max_cost, min_accuracy and max_degradation")
-        joint = self.max_cost is not None and self.delta is not None
-        _use(not joint, "calibrate.delta: costs are promised together, at that risk")
 
     @property
     def kind(self) -> str:
@@ -222,11 +220,13 @@ class Proportions:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Calibrate:
-    """The score, what is required, and how the operating points are chosen."""
+    """What turns logits into answers and scores, the operating points, and what is required."""
 
     score: Literal["best", "max_probability", "margin", "entropy", "learned"]
     proportions: Share | Proportions
-    cost_step: Annotated[Number, Field(ge=0.01, le=1)]
+    points: Annotated[Whole, Field(ge=10, le=200)]
+    temperatures: Literal["fitted", "none"]
+    votes: Literal["fitted"] | tuple[Share, ...]
     delta: Part
     requirements: Annotated[tuple[Requirement, ...], _ONCE]
 
@@ -496,6 +496,12 @@ def check_exits(params: Params, exits: int) -> None:
         raise InputError(
             f"calibrate.proportions has {shares} shares, the layout {exits} exits; give as many, "
             "or one number for all early exits"
+        )
+    votes = params.calibrate.votes
+    if votes != "fitted" and (len(votes) != exits or not sum(votes)):
+        raise InputError(
+            f"calibrate.votes = {_shown(votes)}, but the layout has {exits} exits; give one weight "
+            "for each, not all 0, or `fitted`"
         )
     order, depths = params.branchynet.order, tuple(range(1, exits + 1))
     epochs, phases = params.profile.recipes.train_branchynet.epochs, ORDERS[order](depths).phases

@@ -5,13 +5,30 @@ from functools import cache
 import numpy as np
 from scipy.special import log_softmax
 
+from edgeke.params import Calibrate
+from edgeke.policy.samples import ExitLogits
+
 STRENGTHS = (1.5, 2.5, 3.5)
+
+
+def settings(**changes: object) -> Calibrate:
+    """Parameters of calibration; fast, since the score is not chosen."""
+    values = {
+        "score": "max_probability",
+        "proportions": 0.5,
+        "points": 30,
+        "temperatures": "fitted",
+        "votes": "fitted",
+        "delta": 0.1,
+        "requirements": (),
+    }
+    return Calibrate(**{**values, **changes})
 
 
 def draw(
     samples: int, seed: int = 0, classes: int = 5, strengths: tuple[float, ...] = STRENGTHS
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits `[E, N, K]` and labels `[N]`: deeper exits are surer, hard images are hard for all."""
+) -> ExitLogits:
+    """A split of a known law: deeper exits are surer, hard images are hard for all."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, classes, samples)
     hardness = random.normal(0, 1.5, samples)
@@ -20,14 +37,15 @@ def draw(
         logits = random.normal(0, 1, (samples, classes))
         logits[np.arange(samples), labels] += strength - hardness
         exits.append(logits)
-    return np.array(exits, np.float32), labels
+    return ExitLogits(np.array(exits, np.float32), labels)
 
 
 @cache
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Logits `[3, 1197, 10]` and labels of real digits, from three classifiers of rising strength.
+def digits() -> ExitLogits:
+    """1,197 real digits, answered by three classifiers of rising strength.
 
-    They see 2 x 2 averages, 4 x 4 averages, and all 8 x 8 pixels, and learnt on 600 other images.
+    Their inputs are 2 x 2 averages, 4 x 4 averages, and all 8 x 8 pixels; they were trained on 600
+    other images.
     """
     from sklearn.datasets import load_digits
     from sklearn.linear_model import LogisticRegression
@@ -43,9 +61,8 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
         (8, SVC()),
     ):
         block = 8 // side
-        seen = (
-            images.reshape(-1, side, block, side, block).mean(axis=(2, 4)).reshape(len(images), -1)
-        )
-        model.fit(seen[:600], labels[:600])
-        exits.append(log_softmax(model.decision_function(seen[600:]), axis=1))
-    return np.array(exits, np.float32), labels[600:].astype(np.int64)
+        inputs = images.reshape(-1, side, block, side, block).mean(axis=(2, 4))
+        inputs = inputs.reshape(len(images), -1)
+        model.fit(inputs[:600], labels[:600])
+        exits.append(log_softmax(model.decision_function(inputs[600:]), axis=1))
+    return ExitLogits(np.array(exits, np.float32), labels[600:].astype(np.int64))

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from draws import settings
 from toys import CLASSES, SIZE, randomise, replace
 
 from edgeke.calibrate import calibrate
 from edgeke.data.dataset import channels_last
 from edgeke.device.manifest import MANIFEST, Manifest
-from edgeke.device.policy import Answer
+from edgeke.device.policy import RequirementResult
 from edgeke.device.scores import Score, calibrated_probabilities
 from edgeke.errors import InputError
 from edgeke.evaluate import Evaluation, evaluate, headline, kept
@@ -20,7 +21,7 @@ from edgeke.graph.segments import export_segments, export_static
 from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import with_layout
-from edgeke.params import Calibrate, Evaluate, Proportions, Requirement
+from edgeke.params import Evaluate, Requirement
 from edgeke.policy.cascade import run_cascade
 
 MACS, MAIN = (60, 80, 110), 90
@@ -44,9 +45,8 @@ def built(dataset, tmp_path_factory):
         static = export_static(alone, dataset.mean, dataset.std, SIZE)
         onnx.save(static, models / "static" / f"{name}.onnx")
         onnx.save(quantise(static, images), models / "static" / f"{name}.int8.onnx")
-    settings = Calibrate(
-        "learned", Proportions((0.5, 0.5, 0.9)), 0.05, 0.1, (Requirement(None, None, 0.6, None),)
-    )
+    chosen = settings(score="learned", requirements=(Requirement(max_degradation=0.6),))
+    reference = None
     policies = {}
     for precision, graphs in both.items():
         folder = models / "segments" / precision
@@ -56,7 +56,8 @@ def built(dataset, tmp_path_factory):
         manifest = Manifest(("0.onnx", "1.onnx", "2.onnx"), MACS, MAIN, CLASSES, (SIZE, SIZE, 1))
         (folder / MANIFEST).write_text(manifest.to_json())
         files = [folder / name for name in manifest.segments]
-        done = calibrate(files, manifest, dataset["validation"], dataset["calibration"], settings)
+        done = calibrate(files, manifest, dataset.splits, chosen, reference)
+        reference = reference or done.full_correct
         suffix = "" if precision == "fp32" else ".int8"
         (models / f"edgeke{suffix}.onnx").write_bytes(done.model)
         logits = segment_logits(files, channels_last(dataset["test"].images), 1)
@@ -163,9 +164,9 @@ def test_a_device_through_ssh_measures_the_same_accuracy(built, evaluation, data
 def test_kept_compares_each_requirement_with_its_own_number(built):
     policy = built[1]["fp32"][0]
     requirements = (
-        Answer("max_cost_0.9", "max_cost", 0.9, 0.1, "full", None),
-        Answer("min_accuracy_0.9", "min_accuracy", 0.9, 0.1, "full", None),
-        Answer("max_degradation_0.1", "max_degradation", 0.1, 0.1, None, 0.2),
+        RequirementResult("max_cost_0.9", "max_cost", 0.9, 0.1, "full", None),
+        RequirementResult("min_accuracy_0.9", "min_accuracy", 0.9, 0.1, "full", None),
+        RequirementResult("max_degradation_0.1", "max_degradation", 0.1, 0.1, None, 0.2),
     )
     metrics = {"test/max_cost_0.9/cost_share": 0.95, "test/min_accuracy_0.9/accuracy": 0.95}
     assert kept(replace(policy, requirements=requirements), metrics) == {

@@ -123,7 +123,7 @@ def test_the_lock_check_sees_other_parameters_and_other_code(clone: Path):
     assert "calibrate: changed deps: edgeke/calibrate.py" in output
     params = clone / "params.yaml"
     before = params.read_text()
-    params.write_text(before.replace("cost_step: 0.025", "cost_step: 0.05"))
+    params.write_text(before.replace("points: 30", "points: 20"))
     output = run(clone, "scripts/lock-check", check=False)
     params.write_text(before)
     assert "run `dvc repro`" in output

@@ -93,17 +93,20 @@ def _info(classifier: Classifier) -> None:
         print("costs      not measured here yet; run the profile command")
     else:
         _print_costs(classifier.measured)
-    print("\noperating points: cost in shares of the plain network, promises at most")
-    wide = max(map(len, policy.named))
-    print(f"{'name':{wide}} {'cost':>7} {'accuracy':>9} {'max_degradation':>9} {'max_error':>9}")
-    cap = len(policy.macs) - 1
+    unmet = ", ".join(result.name for result in policy.unmet)
+    print(f"default    {policy.default}" + (f"; {unmet} cannot be promised" if unmet else ""))
+    print(f"\noperating points: cost in shares of the plain network, promises at {policy.delta:g}")
+    wide, cap = max(map(len, policy.named)), len(policy.macs) - 1
+    print(f"{'name':{wide}} {'cost':>7} {'accuracy':>9} {'degradation <=':>15} {'error <=':>9}")
     for label, point in policy.named.items():
-        bounds = [
-            point.promised(kind, policy.delta, cap) for kind in ("max_degradation", "max_error")
-        ]
-        promises = [f"{bound:9.4f}" if math.isfinite(bound) else f"{'-':>9}" for bound in bounds]
+        degradation = point.promised("max_degradation", policy.delta, cap)
+        error = point.promised("max_error", policy.delta, cap)
+        promises = " ".join(
+            f"{bound:{width}.4f}" if math.isfinite(bound) else f"{'-':>{width}}"
+            for bound, width in ((degradation, 15), (error, 9))
+        )
         cost = point.expected_cost(policy.cost_shares)
-        print(f"{label:{wide}} {cost:7.3f} {point.accuracy:9.4f} {' '.join(promises)}")
+        print(f"{label:{wide}} {cost:7.3f} {point.accuracy:9.4f} {promises}")
 
 
 def _print_profile(classifier: Classifier, measured: Profile) -> None:

@@ -1,69 +1,70 @@
-"""policy.json: the operating points a device chooses from. Schema, reading and writing."""
+"""The policy in a model's metadata: the operating points that a device chooses from."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from edgeke.device.promises import upper_bound
+from edgeke.device.scores import SCORES
 from edgeke.errors import InputError
 
 __all__ = [
     "ALWAYS",
     "NEVER",
     "SCHEMA",
-    "Answer",
+    "Evidence",
     "OperatingPoint",
     "Policy",
-    "Promise",
+    "RequirementResult",
+    "Risk",
     "force_exit",
     "parse_policy",
-    "read_policy",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 
-# Scores lie in [0, 1]: every score exceeds -1, none exceeds 2.
+# Scores are in [0, 1]: every score exceeds -1, none exceeds 2.
 ALWAYS = -1.0
 NEVER = 2.0
 
+Risk = Literal["max_degradation", "max_error"]
+
 
 @dataclass(frozen=True)
-class Promise:
-    """With probability at least 1 - delta over the calibration draw, a rate is at most `bound`.
+class Evidence:
+    """What calibration says about a point, for requests that allow exits up to `cap`.
 
-    `kind` is `max_degradation` (the full network is right and this point wrong) or `max_error` (it is
-    wrong). It is meant for requests that allow exits up to `cap`.
+    `degraded` and `wrong`: the most images that this point, or any more conservative one that is
+    tested for the same risk, answered badly; None where the point is not tested for that risk.
     """
 
-    kind: str
-    bound: float
-    delta: float
     cap: int
+    degraded: int | None
+    wrong: int | None
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Thresholds and votes `[E]` with what they cost, what they gave and what they promise.
+    """Thresholds and votes `[E]`, and counts of the `samples` images of the calibration split.
 
-    `shares` `[E]`: share of samples that pay for exit e (voted ones pay for the last);
-    `reach_upper` `[E]`: upper bounds on the probability of reaching exit e, which hold together for
-    all points. `validation_accuracy` chooses between points. `accuracy`, `loss` and the accuracy's
-    95 % interval come from the calibration split, which no threshold was fitted on.
+    `reached` `[E]`: images that reached each exit; `voted`: images that no exit was sure of;
+    `wrong`: images answered wrong; `degraded`: images that the reference network answers right and
+    this point wrong. `validation_accuracy` decides between points. `evidence` is what promises
+    follow from: none where the point promises nothing about its answers.
     """
 
     name: str
     thresholds: tuple[float, ...]
     votes: tuple[float, ...]
-    shares: tuple[float, ...]
-    reach_upper: tuple[float, ...]
-    voted: float
+    samples: int
+    reached: tuple[int, ...]
+    voted: int
+    wrong: int
+    degraded: int
     validation_accuracy: float
-    accuracy: float
-    accuracy_interval: tuple[float, float]
-    degradation: float
-    promises: tuple[Promise, ...]
+    evidence: tuple[Evidence, ...]
 
     @property
     def deepest(self) -> int:
@@ -71,31 +72,50 @@ class OperatingPoint:
         always = [e for e, threshold in enumerate(self.thresholds) if threshold < 0]
         return always[0] if always else len(self.thresholds) - 1
 
+    @property
+    def accuracy(self) -> float:
+        """The share of calibration images answered right."""
+        return 1 - self.wrong / self.samples
+
+    @property
+    def degradation(self) -> float:
+        """The share of calibration images that only the reference network answers right."""
+        return self.degraded / self.samples
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of calibration images that pay for each exit, `[E]` (voted ones: the last)."""
+        beyond = (*self.reached[1:], 0)
+        return tuple((a - b) / self.samples for a, b in zip(self.reached, beyond, strict=True))
+
+    @property
+    def uncertain(self) -> tuple[bool, ...]:
+        """Whether thresholds leave open how many images reach each exit, `[E]`."""
+        before = [self.thresholds[:exit] for exit in range(len(self.thresholds))]
+        return tuple(any(0 <= t < 1 for t in each) and min(each) >= 0 for each in before)
+
     def expected_cost(self, costs: Sequence[float]) -> float:
-        """The mean cost seen on calibration, at costs `[E]` in any unit."""
+        """The mean cost on calibration, at costs `[E]` in any unit."""
         return sum(c * share for c, share in zip(costs, self.shares, strict=True))
 
-    def promised_cost(self, costs: Sequence[float]) -> float:
-        """The mean cost that is promised, at increasing costs `[E]` in any unit."""
-        steps = [after - before for before, after in zip([0.0, *costs], costs, strict=False)]
-        return sum(step * reach for step, reach in zip(steps, self.reach_upper, strict=True))
+    def promised(self, risk: Risk, delta: float, cap: int) -> float:
+        """The promised bound of a risk at `delta`, when exits up to `cap` are allowed.
 
-    def promised(self, kind: str, delta: float, cap: int) -> float:
-        """The least bound of that kind promised at `delta` or surer; infinite without one."""
-        bounds = [
-            promise.bound
-            for promise in self.promises
-            if promise.kind == kind and promise.delta <= delta and promise.cap == cap
-        ]
-        return min(bounds, default=math.inf)
+        Infinite where nothing is promised.
+        """
+        for evidence in self.evidence:
+            count = evidence.degraded if risk == "max_degradation" else evidence.wrong
+            if evidence.cap == cap and count is not None:
+                return upper_bound(count, self.samples, delta)
+        return math.inf
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A requirement of calibration and the point that answers it (none: it cannot be met).
+class RequirementResult:
+    """A requirement of calibration and the point that meets it (None: it cannot be met).
 
-    `kind` is `max_cost`, `min_accuracy` or `max_degradation`; `nearest` is the nearest attainable bound
-    where it cannot be met.
+    `kind` is `max_cost`, `min_accuracy` or `max_degradation`; `nearest` is the nearest attainable
+    bound where the required one is not.
     """
 
     name: str
@@ -110,9 +130,10 @@ class Answer:
 class Policy:
     """Score, temperatures `[E]`, MACs `[E]` and operating points, conservative to aggressive.
 
-    `score_weights` are the learned score's bias and weights per exit. `main_macs` are the plain
-    main network's, of which costs are shares. `samples` counts the calibration split, `delta` is
-    the risk at which `reach_upper` holds. `default` names the point used when nothing is asked for.
+    `score_weights` are the learned score's bias and weights per exit, empty for the others.
+    `main_macs` are the plain main network's, of which costs are shares. `delta` is the risk at
+    which promises are made when a request names none. `default` is the point used when nothing is
+    requested.
     """
 
     score: str
@@ -120,11 +141,15 @@ class Policy:
     temperatures: tuple[float, ...]
     macs: tuple[int, ...]
     main_macs: int
-    samples: int
     delta: float
     points: tuple[OperatingPoint, ...]
-    requirements: tuple[Answer, ...]
+    requirements: tuple[RequirementResult, ...]
     default: str
+
+    @property
+    def samples(self) -> int:
+        """How many calibration images promises follow from."""
+        return self.points[0].samples
 
     @property
     def cost_shares(self) -> tuple[float, ...]:
@@ -132,13 +157,23 @@ class Policy:
         return tuple(macs / self.main_macs for macs in self.macs)
 
     @property
+    def caps(self) -> tuple[int, ...]:
+        """The caps that points have evidence for, ascending."""
+        return tuple(sorted({item.cap for point in self.points for item in point.evidence}))
+
+    @property
     def named(self) -> dict[str, OperatingPoint]:
-        """The points people speak of: `full`, `proportions`, `default`, each met requirement."""
-        asked = {of.name: of.point for of in self.requirements if of.point is not None}
-        known = {point.name for point in self.points}
-        wanted: dict[str, str] = {name: name for name in ("full", "proportions") if name in known}
-        wanted |= {"default": self.default, **asked}
-        return {label: self.point(name) for label, name in wanted.items()}
+        """Points by label: `full`, `proportions`, `default`, and each requirement that is met."""
+        names = {point.name for point in self.points}
+        labels: dict[str, str] = {name: name for name in ("full", "proportions") if name in names}
+        labels["default"] = self.default
+        labels |= {r.name: r.point for r in self.requirements if r.point is not None}
+        return {label: self.point(name) for label, name in labels.items()}
+
+    @property
+    def unmet(self) -> tuple[RequirementResult, ...]:
+        """The requirements that no point meets."""
+        return tuple(result for result in self.requirements if result.point is None)
 
     def point(self, name: str) -> OperatingPoint:
         """The operating point of that name. Errors: InputError listing those there are."""
@@ -147,6 +182,27 @@ class Policy:
                 return point
         names = ", ".join(point.name for point in self.points)
         raise InputError(f"no operating point {name!r}; use one of {names}")
+
+    def reach_bounds(self, point: OperatingPoint, delta: float | None = None) -> tuple[float, ...]:
+        """Upper bounds on the share of images that reach each exit, `[E]`.
+
+        With probability 1 - `delta` (None: the policy's) they hold for all points at once: `delta`
+        is divided by the number of shares that thresholds leave open.
+        """
+        delta = self.delta if delta is None else delta
+        share = delta / max(1, sum(sum(other.uncertain) for other in self.points))
+        return tuple(
+            upper_bound(count, point.samples, share) if open_ else count / point.samples
+            for count, open_ in zip(point.reached, point.uncertain, strict=True)
+        )
+
+    def promised_cost(
+        self, point: OperatingPoint, costs: Sequence[float], delta: float | None = None
+    ) -> float:
+        """The mean cost promised at increasing costs `[E]` in any unit, for all points at once."""
+        steps = [after - before for before, after in zip([0.0, *costs], costs, strict=False)]
+        bounds = self.reach_bounds(point, delta)
+        return sum(step * reach for step, reach in zip(steps, bounds, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values with the schema's version; `parse_policy` reads them back."""
@@ -161,45 +217,33 @@ def force_exit(exit: int, exits: int) -> tuple[float, ...]:
 def parse_policy(text: str) -> Policy:
     """Read and check a policy.
 
-    Errors: InputError when it is of another schema, misses a key or contradicts itself.
+    Errors: InputError when it is of another schema, lacks a key or contradicts itself.
     """
     try:
         content = json.loads(text)
         schema = content.pop("schema")
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"not an EdgeKE policy ({error}); export the model again") from error
     if schema != SCHEMA:
         raise InputError(
-            f"policy schema {schema!r} is not {SCHEMA}, which this version of EdgeKE reads; "
+            f"policy schema {schema!r:.20} is not {SCHEMA}, which this version of EdgeKE reads; "
             "use the edgeke.device that belongs to the model"
         )
     try:
         points = tuple(_point(point) for point in content.pop("points"))
-        asked = tuple(Answer(**of) for of in content.pop("requirements"))
+        results = tuple(RequirementResult(**result) for result in content.pop("requirements"))
         rest = {key: _tuples(value) for key, value in content.items()}
-        policy = Policy(points=points, requirements=asked, **rest)
+        policy = Policy(points=points, requirements=results, **rest)
         _check(policy)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"policy is incomplete ({error}); export the model again") from error
     return policy
 
 
-def read_policy(path: Path) -> Policy:
-    """Read a policy file. Errors: InputError when it is missing or not a policy."""
-    try:
-        return parse_policy(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; copy the whole model folder") from None
-    except (OSError, UnicodeDecodeError, InputError) as error:
-        raise InputError(f"{path}: {error}") from error
-
-
 def _point(content: dict[str, Any]) -> OperatingPoint:
-    promises = tuple(Promise(**promise) for promise in content["promises"])
-    return OperatingPoint(
-        **{key: _tuples(value) for key, value in content.items() if key != "promises"},
-        promises=promises,
-    )
+    evidence = tuple(Evidence(**item) for item in content.pop("evidence"))
+    values = {key: _tuples(value) for key, value in content.items()}
+    return OperatingPoint(**values, evidence=evidence)
 
 
 def _tuples(value: Any) -> Any:
@@ -207,33 +251,52 @@ def _tuples(value: Any) -> Any:
 
 
 def _check(policy: Policy) -> None:
-    exits = len(policy.temperatures)
-    numbers = [*policy.temperatures, *policy.macs, policy.main_macs, policy.samples, policy.delta]
-    numbers += [weight for weights in policy.score_weights for weight in weights]
-    numbers += [of.bound for of in policy.requirements]
-    lengths = [len(policy.macs), len(policy.score_weights) or exits]
-    for point in policy.points:
-        lists = [point.thresholds, point.votes, point.shares, point.reach_upper]
-        lengths += [len(values) for values in lists]
-        numbers += [number for values in lists for number in values]
-        numbers += [point.voted, point.accuracy, *point.accuracy_interval, point.degradation]
-        numbers += [point.validation_accuracy]
-        numbers += [value for p in point.promises for value in (p.bound, p.delta, p.cap)]
-    named = {point.name for point in policy.points}
-    sound = (
-        exits > 0
-        and all(length == exits for length in lengths)
-        and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
-        and all(b > a for a, b in zip(policy.macs, policy.macs[1:], strict=False))
-        and min(*policy.temperatures, *policy.macs, policy.main_macs, policy.samples) > 0
-        and all(min(point.votes) >= 0 and sum(point.votes) > 0 for point in policy.points)
-        and all(isinstance(point.name, str) for point in policy.points)
-        and all(of.point is None or of.point in named for of in policy.requirements)
-        and len(named) == len(policy.points) > 0
-    )
-    if not sound:
-        raise InputError(
-            f"policy contradicts itself: lists must have {exits} finite numbers, costs must "
-            "increase, names must differ; export the model again"
-        )
+    """Errors: InputError that names what contradicts; TypeError where a list is something else."""
+    exits, points = len(policy.macs), policy.points
+    increase = list(policy.macs) == sorted(set(policy.macs))
+    _require("macs", exits > 0, increase, _whole(1, 10**15, *policy.macs, policy.main_macs))
+    learned = policy.score == "learned"
+    counts = [4 * exit + 4 for exit in range(exits) if learned]  # a bias, and `statistics`
+    weights = [weight for each in policy.score_weights for weight in each]
+    _require("score", learned or policy.score in SCORES)
+    _require("score_weights", counts == [len(each) for each in policy.score_weights])
+    _require("score_weights", _between(-1e9, 1e9, *weights))
+    temperatures = policy.temperatures
+    _require("temperatures", len(temperatures) == exits, _between(1e-3, 1e3, *temperatures))
+    _require("delta", _between(1e-12, 1 - 1e-12, policy.delta))
+    names = [point.name for point in points]
+    _require("names of points", all(isinstance(name, str) for name in names))
+    _require("names of points", len(set(names)) == len(names) > 0)
+    for point in points:
+        lists, samples = (point.thresholds, point.votes, point.reached), point.samples
+        _require("number of exits", all(len(values) == exits for values in lists))
+        _require("thresholds", _between(ALWAYS, NEVER, *point.thresholds))
+        _require("votes", _between(0, 1e3, *point.votes) and sum(point.votes) > 1e-3)
+        _require("samples", _whole(1, 10**9, samples), samples == policy.samples)
+        falling = sorted(point.reached, reverse=True) == list(point.reached)
+        _require("reached", _whole(0, samples, *point.reached), falling)
+        _require("counts", _whole(0, samples, point.voted, point.wrong, point.degraded))
+        _require("validation_accuracy", _between(0, 1, point.validation_accuracy))
+        for item in point.evidence:
+            tested = [count for count in (item.degraded, item.wrong) if count is not None]
+            _require("evidence", _whole(0, samples, *tested), _whole(0, exits - 1, item.cap))
+    for result in policy.requirements:
+        numbers = [result.bound, result.delta]
+        numbers += [] if result.nearest is None else [result.nearest]
+        _require("requirements", _between(0, 1e15, *numbers), isinstance(result.name, str))
+        _require("requirements", result.point is None or result.point in names)
     policy.point(policy.default)
+
+
+def _require(what: str, *conditions: bool) -> None:
+    if not all(conditions):
+        raise InputError(f"policy contradicts itself ({what}); export the model again")
+
+
+def _between(least: float, most: float, *values: object) -> bool:
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    return len(numbers) == len(values) and all(least <= number <= most for number in numbers)
+
+
+def _whole(least: int, most: int, *values: object) -> bool:
+    return _between(least, most, *values) and all(isinstance(value, int) for value in values)

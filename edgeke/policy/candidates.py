@@ -1,98 +1,123 @@
-"""Candidate thresholds, fitted on validation and frozen before calibration is looked at."""
+"""Candidate thresholds, fitted on validation and frozen before calibration is read."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeke.device.policy import ALWAYS, NEVER
-from edgeke.policy.samples import OBJECTIVES, Objective, Samples, check_costs, check_logits
-from edgeke.policy.solver import Solver
-from edgeke.policy.tuning import folds, tune
+from edgeke.params import Calibrate
+from edgeke.policy.samples import Samples
+from edgeke.policy.solver import best_thresholds
+from edgeke.policy.thresholds import thresholds_for_proportions
 
-__all__ = ["SMALL", "Candidate", "Sequences", "budgets", "cross_fitted_accuracy", "propose"]
+__all__ = ["Candidate", "FixedSequence", "budgets_by_cap", "fixed_sequences", "propose"]
 
-# Below this many samples thresholds are fitted so closely that their own accuracy flatters.
-SMALL = 2000
+_CAPS = 5  # sequences at most
+_STEP = 0.005  # budgets are multiples of a multiple of this, so that names are short
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Thresholds `[E]`, named by the objective, its budget, and the deepest exit allowed."""
+    """Thresholds `[E]`, named by the greatest mean cost and the deepest exit allowed."""
 
     name: str
     thresholds: tuple[float, ...]
 
 
-# For each objective and cap: candidates from conservative to aggressive.
-Sequences = dict[tuple[Objective, int], tuple[Candidate, ...]]
+@dataclass(frozen=True)
+class FixedSequence:
+    """Candidates that never pass the exit `cap`, from conservative to aggressive.
 
-
-def propose(samples: Samples, costs: Sequence[float], step: float) -> Sequences:
-    """For every cap and every budget on a grid, the most accurate and the least lossy thresholds.
-
-    `costs` `[E]`; budgets are the multiples of `step` between the first exit's cost and the cap's,
-    largest first, so that each sequence runs from conservative to aggressive. Without a cap the least lossy
-    sequence begins with `full`, which loses nothing. Neighbours may be equal.
+    `for_degradation`, `for_error`: which of them are tested for that risk.
     """
-    exits = len(samples.scores)
-    check_costs(costs, exits)
-    found: Sequences = {}
-    for cap in reversed(range(exits)):
-        name = "full" if cap == exits - 1 else f"exit_{cap}"
-        always = Candidate(name, tuple(ALWAYS if e >= cap else NEVER for e in range(exits)))
+
+    cap: int
+    candidates: tuple[Candidate, ...]
+    for_degradation: tuple[bool, ...]
+    for_error: tuple[bool, ...]
+
+
+def budgets_by_cap(costs: Sequence[float], points: int) -> dict[int, list[float]]:
+    """The budgets of every sequence's candidates, by its cap, ascending.
+
+    Costs `[E]` are shares of the plain main network's. Every exit is a cap, of many exits a few.
+    Budgets are multiples of the smallest step under which all sequences together, with one
+    candidate per cap that always answers there and the point `proportions`, have at most `points`.
+    """
+    exits = len(costs)
+    caps = sorted({round(cap) for cap in np.linspace(0, exits - 1, min(exits, _CAPS))})
+    size = 0
+    while True:
+        size += 1
+        # In whole steps of _STEP: floating-point multiples would miss or repeat the ends.
+        first = int(np.floor(costs[0] / _STEP / size + 1e-9)) + 1
+        last = [int(np.ceil(costs[cap] / _STEP / size - 1e-9)) for cap in caps]
+        grid = {cap: range(first, end) for cap, end in zip(caps, last, strict=True)}
+        if sum(map(len, grid.values())) + len(caps) + 1 <= max(points, len(caps) + 1):
+            return {cap: [round(k * size * _STEP, 3) for k in ks] for cap, ks in grid.items()}
+
+
+def propose(
+    samples: Samples, costs: Sequence[float], settings: Calibrate
+) -> tuple[dict[int, list[Candidate]], Candidate]:
+    """Candidates by cap, conservative to aggressive, and the candidate `proportions`.
+
+    `costs` `[E]` are shares of the plain main network's. In each sequence the first candidate
+    always answers at the cap, the last at exit 0. Between them there is one for each budget: the
+    best thresholds that cost more than the next smaller budget. Neighbours may be equal, names
+    never are.
+    """
+    exits, gain = len(costs), samples.gain()
+    first = Candidate("exit_0", _always(0, exits))
+    sequences = {0: [first]}
+    for cap, budgets in budgets_by_cap(costs, settings.points).items():
         if cap == 0:
-            found["accuracy", 0] = found["degradation", 0] = (always,)
             continue
-        suffix = "" if cap == exits - 1 else f"_by_exit_{cap}"
-        for objective in OBJECTIVES:
-            solver, kept, most = Solver(samples, costs, objective, cap), None, -np.inf
-            fitted = []
-            for budget in reversed(budgets(costs[0], costs[cap], step)):
-                thresholds = solver.within(budget)
-                result = samples.result(thresholds, costs)
-                worth = result.accuracy if objective == "accuracy" else -result.degradation
-                if kept is None or worth >= most:  # what a smaller budget bought is still for sale
-                    kept, most = thresholds, worth
-                fitted.append(Candidate(f"{objective}_{budget:.3f}{suffix}", kept))
-            first = [always] if objective == "degradation" and cap == exits - 1 else []
-            found[objective, cap] = (*first, *reversed(fitted))
-    return found
+        name, suffix = ("full", "") if cap == exits - 1 else (f"exit_{cap}", f"_by_exit_{cap}")
+        sequence = [first]
+        solved = best_thresholds(samples, gain, costs, budgets, cap) if budgets else []
+        for budget, thresholds in zip(budgets, solved, strict=True):
+            # Where nothing costs that much, what costs less is the best that there is.
+            known = sequence[-1].thresholds if thresholds is None else thresholds
+            sequence.append(Candidate(f"cost_{budget:g}{suffix}", known))
+        sequences[cap] = [Candidate(name, _always(cap, exits)), *reversed(sequence)]
+    thresholds = thresholds_for_proportions(samples.scores, settings.shares(exits))
+    return sequences, Candidate("proportions", thresholds)
 
 
-def budgets(least: float, most: float, step: float) -> list[float]:
-    """The multiples of `step` in (least, most], falling, and `least` itself at the end."""
-    multiples = np.arange(np.floor(most / step + 1e-9), np.ceil(least / step - 1e-9) - 1, -1) * step
-    inside = [float(b) for b in multiples if b > least]
-    return [*([most] if not inside or inside[0] < most else []), *inside, least]
+def fixed_sequences(
+    samples: Samples, proposed: dict[int, list[Candidate]]
+) -> tuple[FixedSequence, ...]:
+    """The sequences as they are tested, deepest cap first: equal thresholds once, by one name.
 
-
-def cross_fitted_accuracy(
-    logits: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    costs: Sequence[float],
-    score: str,
-    step: float,
-) -> dict[str, float]:
-    """Accuracy per candidate's name on samples it was not fitted on; empty for large sets.
-
-    Everything is fitted again without each fold. Candidates are matched by name: the same
-    objective, budget and cap. `logits` `[E, N, K]`, `labels` `[N]`, `costs` `[E]`.
+    For a risk those candidates are tested that no cheaper one of the sequence beats on these
+    samples: a main exit that is worse than an earlier one would otherwise end the test at once.
+    What is tested for neither risk is left out, but for `full`.
     """
-    check_logits(logits, labels)
-    if len(labels) >= SMALL:
-        return {}
-    right: dict[str, int] = {}
-    for tuning, held in folds(logits, labels, partial(tune, score=score)):
-        rest = np.setdiff1d(np.arange(len(labels)), held)
-        fitted = propose(tuning.samples(logits[:, rest], labels[rest]), costs, step)
-        unseen = tuning.samples(logits[:, held], labels[held])
-        answered = {
-            candidate.name: int((~unseen.wrong(candidate.thresholds)).sum())
-            for candidate in itertools.chain.from_iterable(fitted.values())
-        }
-        right = {name: right.get(name, 0) + count for name, count in answered.items()}
-    return {name: count / len(labels) for name, count in right.items()}
+    names: dict[tuple[float, ...], str] = {}
+    sequences = []
+    for cap, sequence in sorted(proposed.items(), reverse=True):
+        for candidate in [sequence[0], *reversed(sequence)]:  # of equal ones the smallest budget
+            names.setdefault(candidate.thresholds, candidate.name)
+        thresholds = list(dict.fromkeys(candidate.thresholds for candidate in sequence))
+        degraded = _unbeaten([int(samples.degraded_at(each).sum()) for each in thresholds])
+        wrong = _unbeaten([int((~samples.correct_at(each)).sum()) for each in thresholds])
+        rows = [
+            (Candidate(names[each], each), for_degradation, for_error)
+            for each, for_degradation, for_error in zip(thresholds, degraded, wrong, strict=True)
+            if for_degradation or for_error or names[each] == "full"
+        ]
+        candidates, for_degradation, for_error = zip(*rows, strict=True)
+        sequences.append(FixedSequence(cap, candidates, for_degradation, for_error))
+    return tuple(sequences)
+
+
+def _always(exit: int, exits: int) -> tuple[float, ...]:
+    """Everybody leaves at `exit`."""
+    return (*[NEVER] * exit, *[ALWAYS] * (exits - exit))
+
+
+def _unbeaten(bad: Sequence[int]) -> list[bool]:
+    """For each count, whether no later one is smaller."""
+    return [count <= min(bad[place:]) for place, count in enumerate(bad)]

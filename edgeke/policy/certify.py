@@ -1,128 +1,113 @@
 """From frozen candidates and the calibration split to a policy with promises."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeke.device.choice import Request, UnmetError, choose
-from edgeke.device.policy import Answer, OperatingPoint, Policy, Promise
-from edgeke.params import Requirement
-from edgeke.policy.candidates import Candidate, Sequences
-from edgeke.policy.intervals import share_interval
-from edgeke.policy.promises import reach_bounds, running_bounds
-from edgeke.policy.samples import Samples, check_logits
-from edgeke.policy.tuning import Tuning
+from edgeke.device.policy import Evidence, OperatingPoint, Policy, RequirementResult
+from edgeke.params import Calibrate, Requirement
+from edgeke.policy.candidates import Candidate, FixedSequence
+from edgeke.policy.fit import FittedPolicy
+from edgeke.policy.samples import ExitLogits, Samples
 
-__all__ = ["Frozen", "certify"]
+__all__ = ["certify"]
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """Everything that was chosen on validation. `costs` `[E]` are MACs.
+def certify(fitted: FittedPolicy, calibration: ExitLogits, settings: Calibrate) -> Policy:
+    """Count on the calibration split, this once, what the frozen candidates answer.
 
-    `sequences` are certified in their order; `extra` candidates are reported without promises on
-    their accuracy. `validation_accuracy` by candidate's name.
+    A requirement that cannot be met is recorded as such, with the nearest that can. The default is
+    the cheapest point that keeps all quality requirements (`max_degradation`, `min_accuracy`) at
+    once, and `full` where there is none; without any it is the point of the first `max_cost`.
     """
-
-    tuning: Tuning
-    sequences: Sequences
-    extra: tuple[Candidate, ...]
-    validation_accuracy: dict[str, float]
-    macs: tuple[int, ...]
-    main_macs: int
-
-    def unique(self) -> list[Candidate]:
-        """Each set of thresholds once, under its first name."""
-        every = [c for sequence in self.sequences.values() for c in sequence]
-        first: dict[tuple[float, ...], Candidate] = {}
-        for candidate in sorted([*every, *self.extra], key=lambda c: c.name != "full"):
-            first.setdefault(candidate.thresholds, candidate)
-        return list(first.values())
-
-
-def certify(
-    frozen: Frozen,
-    logits: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    delta: float,
-    asked: Sequence[Requirement],
-) -> Policy:
-    """Use the calibration split, logits `[E, N, K]` and labels `[N]`, this once.
-
-    Promises are certified at `delta` and at every delta that a requirement asks for. A requirement
-    that cannot be met is recorded as such, with the nearest that can.
-    """
-    check_logits(logits, labels)
-    samples = frozen.tuning.samples(logits, labels)
-    deltas = sorted({delta, *(of.delta for of in asked if of.delta is not None)})
-    promises = _promises(frozen.sequences, samples, deltas)
-    unique, exits = frozen.unique(), len(logits)
-    taken = [samples.exits(candidate.thresholds) for candidate in unique]
-    reach = reach_bounds(np.stack(taken), [c.thresholds for c in unique], exits, delta)
-    points = []
-    for candidate, exit, upper in zip(unique, taken, reach, strict=True):
-        paid = np.bincount(np.minimum(exit, exits - 1), minlength=exits)
-        wrong = int(samples.wrong(candidate.thresholds).sum())
-        points.append(
-            OperatingPoint(
-                name=candidate.name,
-                thresholds=candidate.thresholds,
-                votes=frozen.tuning.votes,
-                shares=tuple((paid / len(labels)).tolist()),
-                reach_upper=tuple(upper.tolist()),
-                voted=float((exit == exits).mean()),
-                validation_accuracy=frozen.validation_accuracy[candidate.name],
-                accuracy=1 - wrong / len(labels),
-                accuracy_interval=share_interval(len(labels) - wrong, len(labels)),
-                degradation=float(samples.degradations(candidate.thresholds).mean()),
-                promises=promises.get(candidate.thresholds, ()),
-            )
-        )
-    points.sort(key=lambda p: (-p.promised_cost(frozen.macs), p.name != "full"))
+    samples = fitted.tuning.samples(calibration)
+    evidence: dict[tuple[float, ...], list[Evidence]] = {}
+    for sequence in fitted.sequences:
+        for candidate, item in zip(sequence.candidates, _evidence(sequence, samples), strict=True):
+            evidence.setdefault(candidate.thresholds, []).append(item)
+    points = [_point(candidate, fitted, samples, evidence) for candidate in fitted.candidates]
+    costs = [macs / fitted.main_macs for macs in fitted.macs]
+    points.sort(key=lambda point: (point.name != "full", -point.expected_cost(costs)))
     policy = Policy(
-        score=frozen.tuning.score.name,
-        score_weights=frozen.tuning.score.weights,
-        temperatures=frozen.tuning.temperatures,
-        macs=frozen.macs,
-        main_macs=frozen.main_macs,
-        samples=len(labels),
-        delta=delta,
+        score=fitted.tuning.score.name,
+        score_weights=fitted.tuning.score.weights,
+        temperatures=fitted.tuning.temperatures,
+        macs=fitted.macs,
+        main_macs=fitted.main_macs,
+        delta=settings.delta,
         points=tuple(points),
         requirements=(),
         default="full",
     )
-    answered = tuple(_answer(policy, of) for of in asked)
-    met = [of.point for of in answered if of.point is not None]
-    return dataclasses.replace(policy, requirements=answered, default=[*met, "full"][0])
+    results = tuple(_result(policy, requirement) for requirement in settings.requirements)
+    return dataclasses.replace(policy, requirements=results, default=_default(policy, results))
 
 
-def _promises(
-    sequences: Sequences, samples: Samples, deltas: Iterable[float]
-) -> dict[tuple[float, ...], tuple[Promise, ...]]:
-    """The promises of every candidate's thresholds; a later equal one adds nothing."""
-    found: dict[tuple[float, ...], dict[tuple[str, float, int], Promise]] = {}
-    for (objective, cap), sequence in sequences.items():
-        kind = "max_degradation" if objective == "degradation" else "max_error"
-        judge = samples.degradations if objective == "degradation" else samples.wrong
-        bad = np.stack([judge(candidate.thresholds) for candidate in sequence])
-        for delta in deltas:
-            for candidate, bound in zip(sequence, running_bounds(bad, delta), strict=True):
-                promise = Promise(kind, float(bound), delta, cap)
-                of = found.setdefault(candidate.thresholds, {})
-                of.setdefault((kind, delta, cap), promise)
-    return {thresholds: tuple(of.values()) for thresholds, of in found.items()}
+def _evidence(sequence: FixedSequence, samples: Samples) -> list[Evidence]:
+    degraded = [samples.degraded_at(candidate.thresholds) for candidate in sequence.candidates]
+    wrong = [~samples.correct_at(candidate.thresholds) for candidate in sequence.candidates]
+    counts = zip(
+        _worst(degraded, sequence.for_degradation), _worst(wrong, sequence.for_error), strict=True
+    )
+    return [Evidence(sequence.cap, *both) for both in counts]
 
 
-def _answer(policy: Policy, asked: Requirement) -> Answer:
-    delta = policy.delta if asked.delta is None else asked.delta
-    key = "mean_cost" if asked.kind == "max_cost" else asked.kind
+def _worst(bad: list[NDArray[np.bool_]], tested: Sequence[bool]) -> list[int | None]:
+    """The greatest count of bad samples among each candidate and the tested ones before it."""
+    counts = np.where(tested, [each.sum() for each in bad], 0)
+    running = np.maximum.accumulate(counts).tolist()
+    return [count if test else None for count, test in zip(running, tested, strict=True)]
+
+
+def _point(
+    candidate: Candidate,
+    fitted: FittedPolicy,
+    samples: Samples,
+    evidence: Mapping[tuple[float, ...], list[Evidence]],
+) -> OperatingPoint:
+    exit, exits = samples.exits(candidate.thresholds), len(fitted.macs)
+    return OperatingPoint(
+        name=candidate.name,
+        thresholds=candidate.thresholds,
+        votes=fitted.tuning.votes,
+        samples=len(exit),
+        reached=tuple(int((exit >= e).sum()) for e in range(exits)),
+        voted=int((exit == exits).sum()),
+        wrong=int((~samples.correct_at(candidate.thresholds)).sum()),
+        degraded=int(samples.degraded_at(candidate.thresholds).sum()),
+        validation_accuracy=fitted.validation_accuracy[candidate.name],
+        evidence=tuple(evidence.get(candidate.thresholds, ())),
+    )
+
+
+def _result(policy: Policy, requirement: Requirement) -> RequirementResult:
+    delta = policy.delta if requirement.delta is None else requirement.delta
+    key = "mean_cost" if requirement.kind == "max_cost" else requirement.kind
     point, nearest = None, None
     try:
-        request = Request(**{key: asked.bound, "delta": delta})
+        request = Request(**{key: requirement.bound, "delta": delta})
         point = choose(policy, request, policy.cost_shares).name
     except UnmetError as error:
         nearest = error.nearest
-    return Answer(asked.name, asked.kind, asked.bound, delta, point, nearest)
+    bound = requirement.bound
+    return RequirementResult(requirement.name, requirement.kind, bound, delta, point, nearest)
+
+
+def _default(policy: Policy, results: Sequence[RequirementResult]) -> str:
+    cap = len(policy.macs) - 1
+    quality = [result for result in results if result.kind != "max_cost"]
+    if not quality:
+        return next((result.point for result in results if result.point is not None), "full")
+
+    def keeps(point: OperatingPoint, result: RequirementResult) -> bool:
+        if result.kind == "min_accuracy":
+            return 1 - point.promised("max_error", result.delta, cap) >= result.bound - 1e-12
+        return point.promised("max_degradation", result.delta, cap) <= result.bound + 1e-12
+
+    kept = [p for p in policy.points if all(keeps(p, result) for result in quality)]
+    costs = policy.cost_shares
+    cheapest = min(kept, key=lambda p: p.expected_cost(costs), default=policy.point("full"))
+    return cheapest.name

@@ -33,6 +33,6 @@ def _logistic(inputs: NDArray[np.float64], right: NDArray[np.bool_]) -> tuple[fl
         value = np.logaddexp(0, np.where(right, -logits, logits)).sum() + 0.5 * at @ at
         return float(value), design.T @ (expit(logits) - right) + at
 
-    found = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B").x
-    slopes = found[1:] / spread
-    return (float(found[0] - slopes @ mean), *slopes.tolist())
+    fitted = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B").x
+    slopes = fitted[1:] / spread
+    return (float(fitted[0] - slopes @ mean), *slopes.tolist())

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,21 +10,62 @@ from edgeke.device.scores import vote
 from edgeke.errors import InputError
 from edgeke.policy.cascade import leave_at
 
-__all__ = ["OBJECTIVES", "Objective", "Result", "Samples", "check_costs", "check_logits"]
-
-Objective = Literal["accuracy", "degradation"]
-OBJECTIVES: tuple[Objective, ...] = ("accuracy", "degradation")
+__all__ = ["ExitLogits", "Samples", "check_costs"]
 
 _LEAST = 1e-12  # probability below which every miss is equally bad
+# What a right answer is worth where the reference is wrong: it raises accuracy, but not does not
+# lower degradation. Half of a whole answer serves requests for either (docs/results.md).
+_CORRECTED = 0.5
 
 
 @dataclass(frozen=True)
-class Result:
-    """Means over samples: accuracy, loss (full network right, answer wrong), and cost."""
+class ExitLogits:
+    """What the exits answered on one split: logits `[E, N, K]` and labels `[N]`.
 
-    accuracy: float
-    degradation: float
-    cost: float
+    `reference` `[N]`: where the network that degradation is measured against is right; by default
+    where the last exit is. Errors: InputError for what no policy can be fitted on.
+    """
+
+    logits: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    reference: NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        logits, labels = self.logits, self.labels
+        if logits.ndim != 3 or logits.shape[0] < 2:
+            raise InputError(
+                f"logits of shape {list(logits.shape)}: a policy chooses between exits and needs "
+                "at least two of them, as [exits, samples, classes]; add an exit to "
+                "branchynet.layout"
+            )
+        if len(labels) != logits.shape[1] or not len(labels):
+            raise InputError(
+                f"{logits.shape[1]} samples and {len(labels)} labels: give one label per sample, "
+                "and at least one sample"
+            )
+        if not np.isfinite(logits).all():
+            exit, sample, _ = np.argwhere(~np.isfinite(logits))[0]
+            raise InputError(
+                f"logits of exit {exit} are not finite at sample {sample}; the network diverged or "
+                "the file is broken: train or export again"
+            )
+        if labels.min() < 0 or labels.max() >= logits.shape[2]:
+            wrong = int(labels[(labels < 0) | (labels >= logits.shape[2])][0])
+            raise InputError(
+                f"label {wrong} is not one of the {logits.shape[2]} classes 0 to "
+                f"{logits.shape[2] - 1}"
+            )
+
+    @property
+    def full_correct(self) -> NDArray[np.bool_]:
+        """Where the last exit is right, `[N]`: the reference for other precisions."""
+        correct: NDArray[np.bool_] = self.logits[-1].argmax(-1) == self.labels
+        return correct
+
+    def at(self, samples: NDArray[np.int64]) -> "ExitLogits":
+        """The same for some of the samples, by their indices."""
+        reference = None if self.reference is None else self.reference[samples]
+        return ExitLogits(self.logits[:, samples], self.labels[samples], reference)
 
 
 @dataclass(frozen=True)
@@ -33,12 +73,14 @@ class Samples:
     """What every exit, and last the vote, would answer on some samples.
 
     `scores` `[E, N]`; `correct` and `log_likelihood` `[E + 1, N]`: whether the answer is right, and
-    the logarithm of the probability it gives the label.
+    the logarithm of the probability it gives the label. `reference` `[N]`: where the network is
+    right that degradation is measured against.
     """
 
     scores: NDArray[np.float32]
     correct: NDArray[np.bool_]
     log_likelihood: NDArray[np.float64]
+    reference: NDArray[np.bool_]
 
     @classmethod
     def of(
@@ -47,79 +89,44 @@ class Samples:
         scores: NDArray[np.float32],
         labels: NDArray[np.int64],
         votes: Sequence[float],
+        reference: NDArray[np.bool_] | None = None,
     ) -> "Samples":
         """From probabilities `[E, N, K]`, scores `[E, N]`, labels `[N]` and votes `[E]`."""
         answers = np.concatenate([probabilities, vote(probabilities, votes)[None]])
-        of_label = answers[:, np.arange(len(labels)), labels].astype(np.float64)
-        return cls(scores, answers.argmax(axis=-1) == labels, np.log(of_label + _LEAST))
+        likelihood = answers[:, np.arange(len(labels)), labels].astype(np.float64)
+        correct = answers.argmax(axis=-1) == labels
+        reference = correct[len(scores) - 1] if reference is None else reference
+        return cls(scores, correct, np.log(likelihood + _LEAST), reference)
 
-    @property
-    def degraded(self) -> NDArray[np.bool_]:
-        """Where the full network is right and the answer wrong, `[E + 1, N]`."""
-        degraded: NDArray[np.bool_] = self.correct[len(self.scores) - 1] & ~self.correct
-        return degraded
-
-    def gain(self, objective: Objective) -> NDArray[np.float64]:
-        """What an answer is worth, `[E + 1, N]`: one for a right one, or minus one for a lost one.
+    def gain(self) -> NDArray[np.float64]:
+        """What an answer is worth, `[E + 1, N]`: a right one 1, where the reference is wrong half.
 
         Equal sums, common on few samples, are decided by the likelihood of the labels: it is scaled
-        so that over all samples it cannot outweigh a single answer.
+        so that over all samples it cannot outweigh half an answer.
         """
-        worth = self.correct if objective == "accuracy" else -self.degraded.astype(np.float64)
-        gain: NDArray[np.float64] = worth + self.log_likelihood / (
-            -np.log(_LEAST) * 1.1 * self.correct.shape[1]
-        )
+        worth = np.where(self.reference, 1.0, _CORRECTED) * self.correct
+        scale = -np.log(_LEAST) * 1.1 * self.correct.shape[1] / _CORRECTED
+        gain: NDArray[np.float64] = worth + self.log_likelihood / scale
         return gain
 
     def exits(self, thresholds: Sequence[float]) -> NDArray[np.int64]:
         """Where each sample leaves, `[N]`; E = voted."""
         return leave_at(self.scores, thresholds)
 
-    def wrong(self, thresholds: Sequence[float]) -> NDArray[np.bool_]:
-        """Which samples are answered wrong, `[N]`."""
-        return ~self._pick(self.correct, thresholds)
-
-    def degradations(self, thresholds: Sequence[float]) -> NDArray[np.bool_]:
-        """Which samples the full network answers right and the thresholds wrong, `[N]`."""
-        return self._pick(self.degraded, thresholds)
-
-    def result(self, thresholds: Sequence[float], costs: Sequence[float]) -> Result:
-        """What thresholds `[E]` give at costs `[E]`; voted samples pay for the last exit."""
-        paid = np.minimum(self.exits(thresholds), len(self.scores) - 1)
-        return Result(
-            float(1 - self.wrong(thresholds).mean()),
-            float(self.degradations(thresholds).mean()),
-            float(np.asarray(costs, np.float64)[paid].mean()),
-        )
-
-    def _pick(self, table: NDArray[np.bool_], thresholds: Sequence[float]) -> NDArray[np.bool_]:
+    def correct_at(self, thresholds: Sequence[float]) -> NDArray[np.bool_]:
+        """Which samples are answered right, `[N]`."""
         exit = self.exits(thresholds)
-        return table[exit, np.arange(len(exit))]
+        return self.correct[exit, np.arange(len(exit))]
 
+    def degraded_at(self, thresholds: Sequence[float]) -> NDArray[np.bool_]:
+        """Which samples the reference answers right and the thresholds wrong, `[N]`."""
+        degraded: NDArray[np.bool_] = self.reference & ~self.correct_at(thresholds)
+        return degraded
 
-def check_logits(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
-    """Refuse logits `[E, N, K]` and labels `[N]` that no policy can be fitted on."""
-    if logits.ndim != 3 or logits.shape[0] < 2:
-        raise InputError(
-            f"logits of shape {list(logits.shape)}: a policy chooses between exits and needs at "
-            "least two of them, as [exits, samples, classes]; add an exit to branchynet.layout"
-        )
-    if len(labels) != logits.shape[1] or not len(labels):
-        raise InputError(
-            f"{logits.shape[1]} samples and {len(labels)} labels: give one label per sample, and "
-            "at least one sample"
-        )
-    if not np.isfinite(logits).all():
-        exit, sample, _ = np.argwhere(~np.isfinite(logits))[0]
-        raise InputError(
-            f"logits of exit {exit} are not finite at sample {sample}; the network diverged or the "
-            "file is broken: train or export again"
-        )
-    if labels.min() < 0 or labels.max() >= logits.shape[2]:
-        wrong = int(labels[(labels < 0) | (labels >= logits.shape[2])][0])
-        raise InputError(
-            f"label {wrong} is not one of the {logits.shape[2]} classes 0 to {logits.shape[2] - 1}"
-        )
+    def cost(self, thresholds: Sequence[float], costs: Sequence[float]) -> float:
+        """The mean cost at costs `[E]`; voted samples pay for the last exit."""
+        paid = np.minimum(self.exits(thresholds), len(self.scores) - 1)
+        return float(np.asarray(costs, np.float64)[paid].mean())
 
 
 def check_costs(costs: Sequence[float], exits: int) -> None:

@@ -1,181 +1,141 @@
-"""The trade-off between accuracy and cost: thresholds that are best on given samples.
+"""The trade-off between accuracy and cost: the thresholds that are best on given samples.
 
-Each image that does not leave at exit e swaps that exit's answer for the next one's and pays for
-the way there. So gain and cost of every combination of thresholds on a grid are sums of cumulative
-histograms: E tables, filled with one pass over the samples. The best cell is then refined on ever
-finer grids, down to single samples. (Counting as for integral images, Crow 1984.)
+A sample that continues past exit e replaces its prediction and pays for the next segment. So with
+all other thresholds fixed, total gain and total cost as functions of one exit's threshold are two
+cumulative sums over the samples in the order of their scores: one exact scan.
+
+The search is coordinate ascent in many narrow windows of cost at once. Every scan may improve the
+thresholds kept for any window, and whatever is improved is scanned again, until nothing improves.
+Windows exchange: one exit moves the cost up, another moves it down again. That replaces scans of
+pairs of exits, and the work for one set of thresholds grows linearly with the number of exits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeke.errors import InputError
-from edgeke.policy.samples import Objective, Samples, check_costs
+from edgeke.device.policy import ALWAYS
+from edgeke.policy.samples import Samples, check_costs
 from edgeke.policy.thresholds import cuts
 
-__all__ = ["Solver"]
+__all__ = ["best_thresholds"]
 
-_CELLS = 100_000  # of the coarse grid
-_LEVELS = 64  # per exit at most
-_STARTS = 6  # cells of the coarse grid, next to the best one, that are refined as well
-_FINE = 4  # steps to either side when a cell is refined
+_WINDOWS = 1600  # divided by the number of exits: more are finer and slower
+_STARTS = 9  # shares of the samples that continue at every exit, evenly from none to all
 
-_Cells = NDArray[np.float64]
-_Choice = Callable[
-    [_Cells, _Cells], int
-]  # mean gain and mean cost of every cell, flat -> its index
+_Floats = NDArray[np.float64]
+_Integers = NDArray[np.int64]
 
 
-class Solver:
-    """Best thresholds for one set of samples, costs `[E]` and objective.
+def best_thresholds(
+    samples: Samples,
+    gain: _Floats,
+    costs: Sequence[float],
+    budgets: Sequence[float],
+    cap: int | None = None,
+) -> list[tuple[float, ...] | None]:
+    """For each budget the thresholds `[E]` of most gain that cost more than the budget before it.
 
-    The coarse grid is counted once; every question then refines its own cell. `cap` is the deepest
+    `gain` `[E + 1, N]` of each exit's answer and the vote's; `costs` `[E]`; `budgets` ascending,
+    as mean costs. None where no thresholds were found between two budgets. `cap` is the deepest
     exit that may be used (default: the last); only the last one can end in a vote.
     """
+    exits, count = samples.scores.shape
+    cap = exits - 1 if cap is None else cap
+    check_costs(costs, exits)
+    cascade = _Cascade(samples, gain, costs, exits if cap == exits - 1 else cap)
+    windows = np.linspace(costs[0], costs[cap], _WINDOWS // exits)
+    edges = np.unique(np.concatenate([windows, budgets])) * count + 1e-6  # of total cost
+    best = np.full(len(edges), -np.inf)
+    stays = np.zeros((len(edges), cascade.free), np.int64)
+    done: set[bytes] = set()
 
-    def __init__(
-        self,
-        samples: Samples,
-        costs: Sequence[float],
-        objective: Objective = "accuracy",
-        cap: int | None = None,
-    ) -> None:
-        exits = len(samples.scores)
-        check_costs(costs, exits)
-        self.exits, self.cap = exits, exits - 1 if cap is None else cap
-        self._samples, self._costs, self._objective = samples, costs, objective
-        self._gain = samples.gain(objective)
-        # At the cap everybody left answers; in the full cascade the last exit may call the vote.
-        free = exits if self.cap == exits - 1 else self.cap
-        if free == 0:
-            raise ValueError("nothing is free when the first exit is the cap: force it")
-        self._cuts = [cuts(at_exit) for at_exit in samples.scores[:free]]
-        levels = int(np.clip(_CELLS ** (1 / free), 2, _LEVELS))
-        self._coarse = [
-            np.unique(np.linspace(0, len(of) - 1, levels).round().astype(int)) for of in self._cuts
-        ]
-        self._best_cells, *self._tables = _undominated(*self._count(self._coarse))
+    def improve(start: _Integers) -> None:
+        """Scan every exit from these thresholds; keep what is best in its window."""
+        if start.tobytes() in done:
+            return
+        done.add(start.tobytes())
+        gains, totals = cascade.scan(start)
+        for exit, (of_cut, cost) in enumerate(zip(gains, totals, strict=True)):
+            window = np.searchsorted(edges, cost)
+            first = np.flatnonzero(np.diff(window, prepend=-1))
+            top = np.maximum.reduceat(of_cut, first)
+            for k in np.flatnonzero(top > best[window[first]] + 1e-9):
+                w, end = window[first[k]], first[k + 1] if k + 1 < len(first) else len(of_cut)
+                best[w], stays[w] = top[k], start
+                stays[w, exit] = first[k] + of_cut[first[k] : end].argmax()
 
-    def within(self, budget: float) -> tuple[float, ...]:
-        """Thresholds `[E]` of the most gain whose mean cost is at most `budget`.
+    for share in np.linspace(0, 1, _STARTS):
+        improve(cascade.start(share))
+    scanned = 0
+    while len(done) > scanned:
+        scanned = len(done)
+        for window in np.flatnonzero(np.isfinite(best)):
+            improve(stays[window].copy())
+    results: list[tuple[float, ...] | None] = []
+    before = 0
+    for budget in budgets:
+        end = int(np.searchsorted(edges, budget * count)) + 1
+        chosen = before + int(best[before:end].argmax()) if end > before else before
+        known = end > before and np.isfinite(best[chosen])
+        results.append(cascade.thresholds(stays[chosen]) if known else None)
+        before = end
+    return results
 
-        Errors: InputError when no thresholds are that cheap.
+
+class _Cascade:
+    """Samples in the order of their scores; the first `free` exits have a free threshold.
+
+    `stay` `[F]` stands for thresholds: at each exit, how many of all samples (those of the lowest
+    scores) continue if they get there.
+    """
+
+    def __init__(self, samples: Samples, gain: _Floats, costs: Sequence[float], free: int) -> None:
+        self.exits, count = samples.scores.shape
+        self.free, self.gain = free, gain[: free + 1]
+        last = np.minimum(np.arange(free + 1), self.exits - 1)
+        self.paid = np.asarray(costs, np.float64)[last]
+        self.scores = samples.scores[:free]
+        self.order = np.argsort(self.scores, axis=1, kind="stable")
+        self.rank = np.argsort(self.order, axis=1)
+        ordered = np.take_along_axis(self.scores, self.order, axis=1)
+        # Between equal scores there is no threshold.
+        self.possible = np.ones((free, count + 1), bool)
+        self.possible[:, 1:-1] = ordered[:, 1:] > ordered[:, :-1]
+
+    def start(self, share: float) -> _Integers:
+        """About this share of the samples continues at every exit."""
+        count = self.possible.shape[1] - 1
+        places = [np.flatnonzero(possible) for possible in self.possible]
+        return np.array([place[np.abs(place - share * count).argmin()] for place in places])
+
+    def scan(self, stay: _Integers) -> tuple[_Floats, _Floats]:
+        """Total gain and cost `[F, N + 1]` when one exit's threshold moves through all places.
+
+        Costs ascend along the second axis; impossible places have a gain of minus infinity.
         """
-        cheapest = self._costs[0]
-        if budget < cheapest:
-            raise InputError(
-                f"a mean cost of {budget:g} cannot be met: the first exit alone costs "
-                f"{cheapest:g}; ask for at least that"
-            )
+        rows, samples = np.arange(self.free)[:, None], np.arange(self.rank.shape[1])
+        leave = np.where(self.rank >= stay[:, None], rows, self.free)
+        before = np.full_like(leave, self.free)  # where a sample left that does not get here
+        before[1:] = np.minimum.accumulate(leave[:-1], axis=0)
+        after = np.full_like(leave, self.free)  # where it leaves if it continues here
+        after[:-1] = np.minimum.accumulate(leave[:0:-1], axis=0)[::-1]
+        here = before == self.free
+        taken = np.where(here, rows, before)
+        totals = []
+        for value in (self.gain, self.paid[:, None] * np.ones_like(self.gain)):
+            change = np.where(here, value[after, samples] - value[rows, samples], 0.0)
+            change = np.take_along_axis(change, self.order, axis=1).cumsum(axis=1)
+            start = value[taken, samples].sum(axis=1, keepdims=True)
+            totals.append(np.concatenate([start, start + change], axis=1))
+        return np.where(self.possible, totals[0], -np.inf), totals[1]
 
-        def best(gain: _Cells, cost: _Cells) -> int:
-            allowed = np.where(cost <= budget + 1e-9, gain, -np.inf)
-            ties = np.flatnonzero(allowed >= allowed.max() - 1e-12)
-            return int(ties[cost[ties].argmin()])
-
-        return self._refine(best)
-
-    def at_least(self, floor: float) -> tuple[float, ...]:
-        """Thresholds `[E]` of the least mean cost whose mean gain is at least `floor`.
-
-        With the objective `accuracy` the floor is an accuracy in [0, 1]; with `loss` it is minus
-        the greatest loss. Errors: InputError with the best that was found when nothing reaches it.
-        """
-        samples = self._gain.shape[1]
-        # The likelihoods in the gain add up to less than one answer.
-        needed = (np.ceil(floor * samples - 1e-6) - 1 + 1e-3) / samples
-
-        def best(gain: _Cells, cost: _Cells) -> int:
-            allowed = np.where(gain > needed, cost, np.inf)
-            if not np.isfinite(allowed.min()):
-                return int(gain.argmax())
-            ties = np.flatnonzero(allowed <= allowed.min() + 1e-12)
-            return int(ties[gain[ties].argmax()])
-
-        thresholds = self._refine(best)
-        result = self._samples.result(thresholds, self._costs)
-        reached = result.accuracy if self._objective == "accuracy" else -result.degradation
-        if reached < floor - 1e-9:
-            raise InputError(
-                f"{floor:.4g} cannot be reached: the best on these samples is {reached:.4g} at a "
-                f"mean cost of {result.cost:.4g}; ask for no more than that"
-            )
-        return thresholds
-
-    def _refine(self, best: _Choice) -> tuple[float, ...]:
-        """The best cells of the coarse grid, each refined; the best of what that gives."""
-        gains, costs = self._tables
-        chosen = best(gains, costs)
-        near = np.unique(np.clip(chosen + np.arange(-_STARTS, 2), 0, len(gains) - 1))
-        shape = [len(of) for of in self._coarse]
-        found = []
-        for start in self._best_cells[near]:
-            cell = np.unravel_index(start, shape)
-            found.append(
-                self._descend(best, [of[i] for of, i in zip(self._coarse, cell, strict=True)])
-            )
-        places, gain, cost = zip(*found, strict=True)
-        place = places[best(np.array(gain), np.array(cost))]
-        values = [float(of[i]) for of, i in zip(self._cuts, place, strict=True)]
-        return (*values, *[-1.0] * (self.exits - len(values)))
-
-    def _descend(self, best: _Choice, place: list[int]) -> tuple[list[int], float, float]:
-        """From one cell to ever finer grids around the best so far, down to single samples."""
-        stride = [int(np.diff(of).max(initial=1)) for of in self._coarse]
-        while True:
-            grid = [
-                np.unique(
-                    np.clip(np.linspace(at - by, at + by, 2 * _FINE + 1).round(), 0, len(of) - 1)
-                ).astype(int)
-                for at, by, of in zip(place, stride, self._cuts, strict=True)
-            ]
-            gain, cost = self._count(grid)
-            chosen = best(gain, cost)
-            cell = np.unravel_index(chosen, [len(of) for of in grid])
-            moved = [int(of[i]) for of, i in zip(grid, cell, strict=True)]
-            if moved == place and all(by <= _FINE for by in stride):
-                return place, float(gain[chosen]), float(cost[chosen])
-            place = moved
-            stride = [max(min(by, _FINE), -(-by // _FINE)) for by in stride]
-
-    def _count(self, grid: Sequence[NDArray[np.int64]]) -> tuple[_Cells, _Cells]:
-        """Mean gain and mean cost of every combination of cuts, flat in C order."""
-        samples = self._gain.shape[1]
-        shape = [len(of) for of in grid]
-        # A sample stays at exit e under level m when at most m levels lie below its score.
-        below = [
-            np.searchsorted(of[at], scores)
-            for of, at, scores in zip(self._cuts, grid, self._samples.scores, strict=False)
-        ]
-        gain = np.full(shape, self._gain[0].sum())
-        cost = np.full(shape, float(samples * self._costs[0]))
-        cells = np.zeros(samples, np.int64)
-        for e, levels in enumerate(below):
-            cells = cells * (shape[e] + 1) + levels
-            sizes = [size + 1 for size in shape[: e + 1]]
-            tail = [1] * (len(shape) - e - 1)
-            swap = self._gain[e + 1] - self._gain[e]
-            gain += _stayed(cells, swap, sizes).reshape(shape[: e + 1] + tail)
-            if e + 1 < self.exits:
-                step = np.full(samples, self._costs[e + 1] - self._costs[e])
-                cost += _stayed(cells, step, sizes).reshape(shape[: e + 1] + tail)
-        return gain.ravel() / samples, cost.ravel() / samples
-
-
-def _undominated(gain: _Cells, cost: _Cells) -> tuple[NDArray[np.int64], _Cells, _Cells]:
-    """The cells that no other beats in both, by rising cost: their indices, gains and costs."""
-    order = np.lexsort((-gain, cost))
-    highest = np.maximum.accumulate(gain[order])
-    kept = order[np.append(True, highest[1:] > highest[:-1])]
-    return kept, gain[kept], cost[kept]
-
-
-def _stayed(cells: NDArray[np.int64], weights: _Cells, sizes: Sequence[int]) -> _Cells:
-    """Sum of the weights of the samples that stay at all of these exits, for every cell."""
-    counted = np.bincount(cells, weights, int(np.prod(sizes))).reshape(sizes)
-    summed: _Cells = counted[tuple(slice(0, size - 1) for size in sizes)].astype(np.float64)
-    for axis in range(len(sizes)):
-        np.cumsum(summed, axis, out=summed)
-    return summed
+    def thresholds(self, stay: _Integers) -> tuple[float, ...]:
+        """The thresholds `[E]` under which those samples continue."""
+        values = []
+        for scores, possible, place in zip(self.scores, self.possible, stay, strict=True):
+            values.append(float(cuts(scores)[possible[1 : place + 1].sum()]))
+            if values[-1] == ALWAYS:  # what follows is never reached
+                break
+        return (*values, *[ALWAYS] * (self.exits - len(values)))

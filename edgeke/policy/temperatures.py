@@ -26,15 +26,17 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
     few samples without an error the likelihood alone would sharpen without end.
     """
     others = 1 / (len(labels) + 1)
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    right = shifted[np.arange(len(labels)), labels].mean()
+    target = (1 - others) * right + others * shifted.mean()
 
     def loss(log_temperature: float) -> float:
         temperature = float(np.exp(log_temperature))
-        log_probabilities = log_softmax(logits.astype(np.float64) / temperature, axis=-1)
-        right = log_probabilities[np.arange(len(labels)), labels].mean()
-        return -float((1 - others) * right + others * log_probabilities.mean())
+        normaliser = np.log(np.exp(shifted / temperature).sum(axis=-1)).mean()
+        return float(normaliser - target / temperature)
 
-    found = minimize_scalar(loss, bounds=_LOG_RANGE, method="bounded")
-    return float(np.exp(found.x))
+    fitted = minimize_scalar(loss, bounds=_LOG_RANGE, method="bounded")
+    return float(np.exp(fitted.x))
 
 
 def reliability(

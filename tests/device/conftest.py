@@ -18,7 +18,7 @@ from edgeke.networks.branchynet import BranchyNet
 
 @pytest.fixture(scope="session")
 def bundles(architecture, dataset, tmp_path_factory) -> dict[str, Path]:
-    """Folders by score: the one file, policy.json and the segments; and `int8`, which is that.
+    """Folders by score: the one file and the segments; and `int8`, which is that.
 
     Tests must not change them.
     """

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from toys import CLASSES, ROOT
+from toys import CLASSES, ROOT, replace
 
 from edgeke.device import cli
 from edgeke.device.classifier import Classifier
+from edgeke.device.policy import RequirementResult
 
 
 @pytest.fixture
@@ -35,6 +36,14 @@ def test_info_tells_what_a_model_is(bundle, run):
     assert all(name in out for name in ("full", "proportions", "default"))
     _, out, _ = run("info", bundle / "edgeke.onnx")
     assert "none: no stream" in out
+
+
+def test_info_says_which_requirements_are_not_met(bundle, run, monkeypatch):
+    result = RequirementResult("min_accuracy_0.97", "min_accuracy", 0.97, 0.1, None, 0.9)
+    policy = replace(Classifier(bundle).policy, requirements=(result,), default="full")
+    monkeypatch.setattr("edgeke.device.bundle.parse_policy", lambda text: policy)
+    _, out, _ = run("info", bundle)
+    assert "default    full; min_accuracy_0.97 cannot be promised" in out
 
 
 def test_profile_measures_and_is_shown(bundle, run):

@@ -18,10 +18,10 @@ def test_plain_scores_by_hand():
 
 @pytest.mark.parametrize("name", [*SCORES, "learned"])
 def test_every_score_lies_in_0_to_1(name):
-    logits, labels = draw(300)
+    split = draw(300)
     for scale in (0.0, 1.0, 1e4):
-        probabilities = calibrated_probabilities(scale * logits, [1.0] * 3)
-        score = fit_learned(probabilities, labels) if name == "learned" else Score(name)
+        probabilities = calibrated_probabilities(scale * split.logits, [1.0] * 3)
+        score = fit_learned(probabilities, split.labels) if name == "learned" else Score(name)
         scores = score.of(probabilities)
         assert scores.shape == (3, 300)
         assert scores.dtype == np.float32
@@ -29,7 +29,7 @@ def test_every_score_lies_in_0_to_1(name):
 
 
 def test_statistics_hold_this_and_earlier_exits_only():
-    probabilities = calibrated_probabilities(draw(50)[0], [1.0] * 3)
+    probabilities = calibrated_probabilities(draw(50).logits, [1.0] * 3)
     assert [statistics(probabilities, e).shape for e in range(3)] == [(50, 3), (50, 7), (50, 11)]
     assert np.array_equal(statistics(probabilities[:2], 1), statistics(probabilities, 1))
     both = (probabilities[0] * probabilities[2]).sum(axis=-1)

@@ -1,67 +1,77 @@
 import itertools
 
+import numpy as np
 import pytest
-from draws import draw
+from draws import draw, settings
 
-from edgeke.policy.candidates import SMALL, budgets, cross_fitted_accuracy, propose
-from edgeke.policy.tuning import rank_scores, tune
+from edgeke.policy.candidates import budgets_by_cap, fixed_sequences, propose
+from edgeke.policy.samples import ExitLogits
+from edgeke.policy.tuning import tune
 
 COSTS = (0.4, 0.7, 1.2)
 
 
-def test_budgets_are_the_same_for_everybody():
-    assert budgets(0.4, 0.6, 0.05) == pytest.approx([0.6, 0.55, 0.5, 0.45, 0.4])
-    assert budgets(0.42, 0.58, 0.05) == pytest.approx([0.58, 0.55, 0.5, 0.45, 0.42])
-    assert budgets(0.4, 0.5, 1.0) == pytest.approx([0.5, 0.4])
+def test_budgets_are_between_the_exits_costs():
+    between = [0.44, 0.48, 0.52, 0.56]
+    assert budgets_by_cap((0.42, 0.58, 0.6), 12) == {0: [], 1: between, 2: between}
+    assert budgets_by_cap((0.44, 0.6), 7) == {0: [], 1: [0.48, 0.52, 0.56]}  # not the ends
 
 
-def test_sequences_run_from_cautious_to_bold():
-    logits, labels = draw(500)
-    samples = tune(logits, labels, "max_probability").samples(logits, labels)
-    sequences = propose(samples, COSTS, 0.1)
-    assert set(sequences) == {(o, cap) for o in ("accuracy", "degradation") for cap in range(3)}
-    for (objective, cap), sequence in sequences.items():
-        results = [samples.result(c.thresholds, COSTS) for c in sequence]
-        for cautious, bold in itertools.pairwise(results):
-            worse = bold.accuracy <= cautious.accuracy
-            assert worse if objective == "accuracy" else bold.degradation >= cautious.degradation
-        assert results[-1].cost == pytest.approx(0.4)
-        for candidate in sequence:
-            assert samples.exits(candidate.thresholds).max() <= (3 if cap == 2 else cap)
-    assert sequences["degradation", 2][0].name == "full"
-    assert sequences["degradation", 2][0].thresholds == (2, 2, -1)
-    assert sequences["accuracy", 0] == sequences["degradation", 0]
-    names = [c.name for c in sequences["accuracy", 2]]
-    assert names[:3] == ["accuracy_1.200", "accuracy_1.100", "accuracy_1.000"]
+@pytest.mark.parametrize("exits", [2, 3, 4, 5, 9, 17])
+def test_the_number_of_points_is_bounded(exits):
+    for first in (0.05, 0.4, 0.9):
+        budgets = budgets_by_cap(np.linspace(first, 1.3, exits), 30)
+        assert len(budgets) == min(exits, 5)
+        assert {0, exits - 1} <= set(budgets)
+        assert 18 <= sum(map(len, budgets.values())) + len(budgets) + 1 <= 30
 
 
-def test_cross_fitting_takes_the_flattery_out():
-    """On few samples the thresholds' own accuracy is too good; left-out samples tell better."""
-    flattered, crossed, truth = [], [], []
-    pool, pool_labels = draw(20_000, seed=99)
-    for seed in range(12):
-        logits, labels = draw(80, seed)
-        tuning = tune(logits, labels, "max_probability")
-        samples, unseen = tuning.samples(logits, labels), tuning.samples(pool, pool_labels)
-        found = cross_fitted_accuracy(logits, labels, COSTS, "max_probability", 0.1)
-        for candidate in propose(samples, COSTS, 0.1)["accuracy", 2]:
-            flattered.append(samples.result(candidate.thresholds, COSTS).accuracy)
-            truth.append(unseen.result(candidate.thresholds, COSTS).accuracy)
-            crossed.append(found[candidate.name])
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    assert mean(flattered) - mean(truth) > 0.01
-    assert abs(mean(crossed) - mean(truth)) < (mean(flattered) - mean(truth)) / 2
+def test_no_budget_between_exits_that_cost_nearly_the_same():
+    assert budgets_by_cap((1.001, 1.002), 30) == {0: [], 1: []}
 
 
-def test_large_sets_need_no_cross_fitting():
-    assert cross_fitted_accuracy(*draw(SMALL), COSTS, "max_probability", 0.1) == {}
+def sequences(split: ExitLogits, costs=COSTS, points: int = 30):
+    samples = tune(split, settings()).samples(split)
+    proposed, _ = propose(samples, costs, settings(points=points))
+    return samples, proposed, fixed_sequences(samples, proposed)
 
 
-def test_the_best_score_is_the_one_with_the_least_aurc():
-    name, metrics = rank_scores(*draw(400))
-    risks = {
-        score: metrics[f"score/{score}/exit_0/aurc"] + metrics[f"score/{score}/exit_1/aurc"]
-        for score in ("max_probability", "margin", "entropy", "learned")
+def test_sequences_run_from_conservative_to_aggressive():
+    samples, _, fixed = sequences(draw(500))
+    assert [sequence.cap for sequence in fixed] == [2, 1, 0]
+    for sequence in fixed:
+        costs = [samples.cost(c.thresholds, COSTS) for c in sequence.candidates]
+        assert all(a > b for a, b in itertools.pairwise(costs))
+        exits = [samples.exits(c.thresholds).max() for c in sequence.candidates]
+        assert max(exits) <= (3 if sequence.cap == 2 else sequence.cap)
+        assert sequence.candidates[-1].name == "exit_0"
+    names = [candidate.name for candidate in fixed[0].candidates]
+    assert names[0] == "full"
+    assert fixed[0].candidates[0].thresholds == (2, 2, -1)
+    assert set(names[1:-1]) <= {f"cost_{k * 0.04:g}" for k in range(11, 30)}
+    assert {name.partition("_by_")[2] for name in (c.name for c in fixed[1].candidates)} == {
+        "",
+        "exit_1",
     }
-    assert name == min(risks, key=lambda score: risks[score])
-    assert all(0.5 < metrics[f"score/{score}/exit_2/auroc"] <= 1 for score in risks)
+
+
+@pytest.mark.parametrize("macs", [(7496, 9000, 12504), (7500, 9000, 12500), (7499, 7504, 7509)])
+def test_names_differ_whatever_the_costs(macs):
+    costs = [m / 10_000 for m in macs]
+    for seed in range(3):
+        _, proposed, fixed = sequences(draw(300, seed), costs)
+        for candidates in proposed.values():
+            assert len({c.name for c in candidates}) == len(candidates)
+        points = {c for sequence in fixed for c in sequence.candidates}
+        assert len({c.name for c in points}) == len({c.thresholds for c in points}) == len(points)
+
+
+def test_a_main_exit_that_is_worse_does_not_end_the_test_of_the_error():
+    split = draw(500, strengths=(3.5, 2.5, 0.5))
+    samples, _, (deepest, *_) = sequences(split)
+    full, *others = deepest.for_error
+    assert not full
+    assert any(others)
+    assert deepest.for_degradation[0]  # by definition it loses nothing
+    wrong = np.array([(~samples.correct_at(c.thresholds)).sum() for c in deepest.candidates])
+    assert (np.diff(wrong[list(deepest.for_error)]) >= 0).all()

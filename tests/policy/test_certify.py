@@ -2,122 +2,132 @@ import json
 
 import numpy as np
 import pytest
-from draws import draw
+from draws import draw, settings
 
-from edgeke.device.policy import parse_policy
-from edgeke.errors import InputError
+from edgeke.device.policy import Policy, parse_policy
 from edgeke.params import Requirement
-from edgeke.policy.candidates import Candidate, propose
-from edgeke.policy.certify import Frozen, certify
-from edgeke.policy.promises import running_bounds, upper_bound
-from edgeke.policy.tuning import tune
+from edgeke.policy.certify import certify
+from edgeke.policy.fit import FittedPolicy, fit_policy
+from edgeke.policy.samples import ExitLogits
 
 MACS, MAIN = (40, 70, 120), 100
-
-
-def freeze(samples: int = 1000, score: str = "max_probability") -> Frozen:
-    logits, labels = draw(samples, 1)
-    tuning = tune(logits, labels, score)
-    seen = tuning.samples(logits, labels)
-    sequences = propose(seen, [m / MAIN for m in MACS], 0.05)
-    extra = (Candidate("proportions", (0.6, 0.6, 0.2)),)
-    every = [c for s in sequences.values() for c in s] + list(extra)
-    accuracy = {c.name: float(1 - seen.wrong(c.thresholds).mean()) for c in every}
-    return Frozen(tuning, sequences, extra, accuracy, MACS, MAIN)
-
-
-def ask(**asked: float) -> Requirement:
-    empty = dict.fromkeys(("max_cost", "min_accuracy", "max_degradation", "delta"))
-    return Requirement(**{**empty, **asked})
-
-
-FROZEN = freeze()
-ASKED = (
-    ask(max_degradation=0.03),
-    ask(max_degradation=0.03, delta=0.01),
-    ask(min_accuracy=0.8),
-    ask(max_cost=0.7),
+DEGRADATION, SURER = (
+    Requirement(max_degradation=0.03),
+    Requirement(max_degradation=0.03, delta=0.01),
 )
+ACCURACY, COST = Requirement(min_accuracy=0.8), Requirement(max_cost=0.7)
 
 
-def test_a_policy_says_what_was_asked_and_keeps_it_as_json():
-    policy = certify(FROZEN, *draw(2000, 2), 0.1, ASKED)
-    assert [of.name for of in policy.requirements] == [
+@pytest.fixture(scope="module")
+def fitted() -> FittedPolicy:
+    return fit_policy(draw(1000, 1), MACS, MAIN, settings())[0]
+
+
+def certified(fitted: FittedPolicy, split: ExitLogits, *requirements: Requirement) -> Policy:
+    return certify(fitted, split, settings(requirements=requirements))
+
+
+def test_each_requirement_gets_a_point(fitted):
+    policy = certified(fitted, draw(2000, 2), DEGRADATION, SURER, ACCURACY, COST)
+    assert [result.name for result in policy.requirements] == [
         "max_degradation_0.03",
         "max_degradation_0.03_delta_0.01",
         "min_accuracy_0.8",
         "max_cost_0.7",
     ]
-    assert all(of.point is not None for of in policy.requirements)
-    assert policy.default == policy.requirements[0].point
     costs = policy.cost_shares
-    by_loss, surer, _, by_cost = (policy.point(of.point) for of in policy.requirements)
-    assert by_loss.promised("max_degradation", 0.1, 2) <= 0.03
+    cheap, surer, accurate, by_cost = (policy.point(r.point) for r in policy.requirements)
+    assert cheap.promised("max_degradation", 0.1, 2) <= 0.03
     assert surer.promised("max_degradation", 0.01, 2) <= 0.03
-    assert by_loss.expected_cost(costs) <= surer.expected_cost(costs) < 1.2
-    assert by_cost.promised_cost(costs) <= 0.7
+    assert cheap.expected_cost(costs) <= surer.expected_cost(costs) < 1.2
+    assert 1 - accurate.promised("max_error", 0.1, 2) >= 0.8
+    assert policy.promised_cost(by_cost, costs) <= 0.7
+    assert policy.point(policy.default) == surer  # the cheapest that keeps all three of quality
     assert parse_policy(json.dumps(policy.to_json())) == policy
 
 
-def test_points_hold_what_calibration_showed():
-    logits, labels = draw(2000, 2)
-    policy = certify(FROZEN, logits, labels, 0.1, ASKED)
-    samples = FROZEN.tuning.samples(logits, labels)
+def test_points_hold_what_calibration_showed(fitted):
+    split = draw(2000, 2)
+    policy, samples = certified(fitted, split), fitted.tuning.samples(split)
     for point in policy.points:
-        result = samples.result(point.thresholds, policy.cost_shares)
-        assert point.accuracy == pytest.approx(result.accuracy)
-        assert point.degradation == pytest.approx(result.degradation)
-        assert point.expected_cost(policy.cost_shares) == pytest.approx(result.cost)
-        assert point.promised_cost(policy.cost_shares) >= result.cost - 1e-9
-        low, high = point.accuracy_interval
-        assert low <= point.accuracy <= high
-    thresholds = [point.thresholds for point in policy.points]
-    assert len(set(thresholds)) == len(thresholds)
+        costs = policy.cost_shares
+        assert point.accuracy == pytest.approx(samples.correct_at(point.thresholds).mean())
+        assert point.degradation == pytest.approx(samples.degraded_at(point.thresholds).mean())
+        assert point.expected_cost(costs) == pytest.approx(samples.cost(point.thresholds, costs))
+        assert policy.promised_cost(point, costs) >= point.expected_cost(costs) - 1e-9
+    assert 15 <= len(policy.points) <= 30
     assert policy.points[0].name == "full"
-    assert policy.point("proportions").promises == ()
+    assert policy.points[-1].name == "exit_0"
+    assert policy.point("proportions").evidence == ()
+    assert policy.caps == (0, 1, 2)
 
 
-def test_promises_are_the_running_bounds_of_their_sequence():
-    logits, labels = draw(2000, 2)
-    policy = certify(FROZEN, logits, labels, 0.1, ())
-    samples = FROZEN.tuning.samples(logits, labels)
-    sequence = FROZEN.sequences["degradation", 2]
-    bounds = running_bounds(np.stack([samples.degradations(c.thresholds) for c in sequence]), 0.1)
-    by_thresholds = {point.thresholds: point for point in policy.points}
-    for candidate, bound in zip(sequence, bounds, strict=True):
-        promised = by_thresholds[candidate.thresholds].promised("max_degradation", 0.1, 2)
-        assert promised <= bound
-    assert policy.point("full").promised("max_degradation", 0.1, 2) == upper_bound(0, 2000, 0.1)
+def test_evidence_is_the_worst_count_so_far(fitted):
+    split = draw(2000, 2)
+    policy, samples = certified(fitted, split), fitted.tuning.samples(split)
+    for sequence in fitted.sequences:
+        degraded = wrong = 0
+        for candidate, for_degradation, for_error in zip(
+            sequence.candidates, sequence.for_degradation, sequence.for_error, strict=True
+        ):
+            if for_degradation:
+                degraded = max(degraded, samples.degraded_at(candidate.thresholds).sum())
+            if for_error:
+                wrong = max(wrong, (~samples.correct_at(candidate.thresholds)).sum())
+            evidence = {item.cap: item for item in policy.point(candidate.name).evidence}
+            assert evidence[sequence.cap].degraded == (degraded if for_degradation else None)
+            assert evidence[sequence.cap].wrong == (wrong if for_error else None)
 
 
-def test_what_cannot_be_met_is_recorded_with_the_nearest():
-    asked = (
-        ask(min_accuracy=0.999),
-        ask(max_cost=0.3),
-        ask(max_degradation=0.001),
-        ask(max_cost=0.9),
+def test_what_cannot_be_met_is_recorded_with_the_nearest(fitted):
+    impossible = (
+        Requirement(min_accuracy=0.999),
+        Requirement(max_cost=0.3),
+        Requirement(max_degradation=0.001),
     )
-    policy = certify(FROZEN, *draw(300, 2), 0.1, asked)
-    floor, cost, loss, met = policy.requirements
-    assert (floor.point, cost.point, loss.point) == (None, None, None)
-    assert 0.8 < floor.nearest < 0.95
+    policy = certified(fitted, draw(300, 2), *impossible)
+    accuracy, cost, degradation = policy.requirements
+    assert {result.point for result in policy.requirements} == {None}
+    assert policy.unmet == policy.requirements
+    assert 0.8 < accuracy.nearest < 0.95
     assert cost.nearest == pytest.approx(0.4)
-    assert loss.nearest == pytest.approx(1 - 0.1 ** (1 / 300))
-    assert policy.default == met.point
-    assert certify(FROZEN, *draw(300, 2), 0.1, asked[:3]).default == "full"
+    assert degradation.nearest == pytest.approx(1 - 0.1 ** (1 / 300))
 
 
-def test_other_calibration_images_change_promises_and_nothing_that_was_fitted():
-    one, two = (certify(FROZEN, *draw(n, n), 0.1, ()) for n in (500, 900))
-    fitted = lambda policy: {(p.name, p.thresholds, p.votes) for p in policy.points}  # noqa: E731
-    assert fitted(one) == fitted(two)
+def test_the_default_is_never_chosen_by_cost_while_quality_cannot_be_promised(fitted):
+    few = draw(60, 2)  # too few for 3 %
+    kept = Requirement(min_accuracy=0.7), Requirement(max_cost=0.9)
+    policy = certified(fitted, few, DEGRADATION, *kept)
+    assert [result.point is None for result in policy.requirements] == [True, False, False]
+    assert policy.default == "full"
+    assert certified(fitted, few).default == "full"
+    assert certified(fitted, few, Requirement(max_cost=0.3)).default == "full"
+    by_cost = certified(fitted, few, COST)
+    assert by_cost.default == by_cost.requirements[0].point != "full"
+
+
+def test_other_calibration_images_change_promises_and_nothing_that_was_fitted(fitted):
+    one, two = (certified(fitted, draw(n, n)) for n in (500, 900))
+    names = [
+        {(p.name, p.thresholds, p.votes, p.validation_accuracy) for p in policy.points}
+        for policy in (one, two)
+    ]
+    assert names[0] == names[1]
     assert (one.temperatures, one.score_weights) == (two.temperatures, two.score_weights)
-    bounds = [[p.bound for point in policy.points for p in point.promises] for policy in (one, two)]
-    assert sorted(bounds[0]) != sorted(bounds[1])
+    assert {p.evidence for p in one.points} != {p.evidence for p in two.points}
 
 
-def test_broken_calibration_logits_are_refused():
-    logits, labels = draw(100, 2)
-    logits[1, 3] = np.nan
-    with pytest.raises(InputError, match="exit 1 are not finite at sample 3"):
-        certify(FROZEN, logits, labels, 0.1, ())
+def test_int8_is_measured_against_the_full_network_of_fp32():
+    """Also its own full network then loses answers, and promises no more than it keeps."""
+    fp32 = [draw(1000, 1), draw(2000, 2)]
+    random = np.random.default_rng(0)
+    coarse = [split.logits + random.normal(0, 0.7, split.logits.shape) for split in fp32]
+    validation, calibration = (
+        ExitLogits(logits.astype(np.float32), split.labels, split.full_correct)
+        for logits, split in zip(coarse, fp32, strict=True)
+    )
+    policy = certify(fit_policy(validation, MACS, MAIN, settings())[0], calibration, settings())
+    full = policy.point("full")
+    lost = calibration.reference & (calibration.logits[-1].argmax(-1) != calibration.labels)
+    assert full.degraded == lost.sum() > 0
+    assert full.promised("max_degradation", 0.1, 2) > lost.mean()
