@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 from pipelines import ENVIRONMENT, STAGES, children, client, metrics, parents, ran, run
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.filterwarnings("ignore:::mlflow")]
+pytestmark = [
+    pytest.mark.xdist_group("pipeline"),
+    pytest.mark.pipeline,
+    pytest.mark.filterwarnings("ignore:::mlflow"),
+]
 
 SLOTS = {f"edgeke.restored.{stage}" for stage in STAGES}
 

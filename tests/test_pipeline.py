@@ -10,7 +10,11 @@ import pytest
 from pipelines import STAGES, children, metrics, parents, ran, run
 from toys import ROOT
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.filterwarnings("ignore:::mlflow")]
+pytestmark = [
+    pytest.mark.xdist_group("pipeline"),
+    pytest.mark.pipeline,
+    pytest.mark.filterwarnings("ignore:::mlflow"),
+]
 
 
 @pytest.fixture(scope="module")

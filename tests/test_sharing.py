@@ -9,7 +9,11 @@ import servers
 import yaml
 from pipelines import STAGES, children, metrics, parents, ran, run
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.filterwarnings("ignore:::mlflow")]
+pytestmark = [
+    pytest.mark.xdist_group("pipeline"),
+    pytest.mark.pipeline,
+    pytest.mark.filterwarnings("ignore:::mlflow"),
+]
 
 BUILT = ("data/dataset.safetensors", "models/teacher.safetensors", "models/edgeke.onnx")
 

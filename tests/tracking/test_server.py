@@ -19,7 +19,7 @@ from edgeke.errors import InputError
 from edgeke.tracking.__main__ import main
 from edgeke.tracking.runs import stage_run
 
-pytestmark = pytest.mark.filterwarnings("ignore:::mlflow")
+pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.filterwarnings("ignore:::mlflow")]
 
 SLOTS = ("download", "train_teacher", "distill", "train_branchynet")
 
