@@ -14,8 +14,6 @@ import edgeke
 from edgeke.errors import InputError, report
 from edgeke.files import replacing
 
-__all__ = ["copy_device_package", "main", "make_bundle"]
-
 # The list of the bundle's own files: whatever else is in the folder belongs to the user.
 _CONTENTS = "CONTENTS.txt"
 _README = """# EdgeKE bundle

@@ -25,8 +25,6 @@ from edgeke.policy.fit import fit_policy
 from edgeke.policy.report import exit_metrics, point_metrics, reliability_rows
 from edgeke.policy.samples import ExitLogits
 
-__all__ = ["Calibrated", "calibrate", "check_composed", "compose"]
-
 # Probabilities of the composed file and of NumPy differ by rounding alone.
 _TOLERANCE = 1e-5
 _IMAGES = 500

@@ -22,8 +22,6 @@ from edgeke.files import write_text
 from edgeke.tracking.results import STATE
 from edgeke.tracking.store import connected, folder, project_root
 
-__all__ = ["main", "make_page", "rank", "read_runs"]
-
 _PAGE = Path(".edgeke/compare.html")
 _SETTINGS = ["kd.distance", "branchynet.order", "kd.beta"]  # shown always, others where they differ
 _NO_SETTING = ("seed", "tracking.", "evaluate.")  # cannot change a result beyond its spread

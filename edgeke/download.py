@@ -10,8 +10,6 @@ from edgeke.data.sources import LabelledImages
 from edgeke.data.splits import copies, split_indices
 from edgeke.params import Source
 
-__all__ = ["download"]
-
 
 def download(
     labelled: LabelledImages, source: Source, name: str, seed: int

@@ -2,8 +2,6 @@
 
 import sys
 
-__all__ = ["InputError", "report"]
-
 
 class InputError(ValueError):
     """A parameter, file, image, model or request cannot be used; the message says what to do.

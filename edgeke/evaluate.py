@@ -23,8 +23,6 @@ from edgeke.policy.cascade import run_cascade
 from edgeke.policy.intervals import share_interval
 from edgeke.remote import run_folder
 
-__all__ = ["Evaluation", "evaluate", "headline", "kept"]
-
 # What names begin with in a precision; fp32 first, whose full network is everybody's reference.
 _PREFIXES = {"fp32": "", "int8": "int8/"}
 _TIE = 1e-6

@@ -25,8 +25,6 @@ from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.cost import exit_costs
 from edgeke.params import Export
 
-__all__ = ["export"]
-
 Graphs = Sequence[onnx.ModelProto]
 Logits = dict[str, NDArray[np.float32]]  # [N, K] by exit or static network
 

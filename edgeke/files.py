@@ -13,16 +13,6 @@ from typing import Any
 
 from edgeke.errors import InputError
 
-__all__ = [
-    "read_json",
-    "replacing",
-    "write_bytes",
-    "write_files",
-    "write_json",
-    "write_table",
-    "write_text",
-]
-
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -19,8 +19,6 @@ from edgeke.tracking.store import connected, open_experiment, project_root
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["main", "promote"]
-
 
 def promote(client: "MlflowClient", experiment: str, name: str, alias: str) -> None:
     """Set the alias to the model of a run: its id (or how that begins), name or DVC experiment.

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from edgeke.errors import InputError, report
 
-__all__ = ["check_device", "main", "run_folder", "ssh_command"]
-
 _MARK = "--- from here on edgeke's output ---"
 _ECHO = f"echo {shlex.quote(_MARK)}"
 _CHECK_SECONDS = 60

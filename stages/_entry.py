@@ -11,8 +11,6 @@ from edgeke.errors import InputError
 from edgeke.files import write_json
 from edgeke.tracking.runs import Run, stage_run
 
-__all__ = ["entry"]
-
 Body = Callable[[params.Params, Run], dict[str, float]]
 
 # The machine's refusals, which only its owner can change. Any other OSError is a bug.

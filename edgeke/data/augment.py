@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 from edgeke.params import Augmentation
 
-__all__ = ["Augment", "Normalise", "crop_and_flip", "cutout"]
-
 
 class Normalise:
     """Images `[N, C, H, W]` in 0..255 to float32, zero mean and unit deviation per channel."""

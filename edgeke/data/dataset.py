@@ -16,10 +16,6 @@ from edgeke.device.decode import BITS
 from edgeke.errors import InputError
 from edgeke.files import write_bytes
 
-__all__ = [
-    "Dataset", "Split", "channel_statistics", "channels_last", "load_dataset", "save_dataset",
-]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Split:

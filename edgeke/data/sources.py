@@ -14,8 +14,6 @@ from edgeke.device.decode import BITS, fit_picture, open_picture
 from edgeke.errors import InputError
 from edgeke.params import Source
 
-__all__ = ["SOURCES", "LabelledImages", "read_source"]
-
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 

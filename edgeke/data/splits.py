@@ -10,8 +10,6 @@ from edgeke.data.sources import LabelledImages
 from edgeke.errors import InputError
 from edgeke.params import Source
 
-__all__ = ["SPLITS", "copies", "split_indices"]
-
 SPLITS = ("train", "validation", "calibration", "test")
 
 

@@ -5,8 +5,6 @@ import sys
 
 from edgeke.device.cli import main
 
-__all__: list[str] = []
-
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):  # `info . | head -1`: end quietly, as other commands do
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -11,8 +11,6 @@ from edgeke.device.classifier import Classifier
 from edgeke.device.policy import force_exit
 from edgeke.device.timing import summary, time_interleaved
 
-__all__ = ["benchmark"]
-
 _BATCH = 32
 _SECONDS = 20.0
 

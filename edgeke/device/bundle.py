@@ -13,16 +13,6 @@ from edgeke.device.manifest import MANIFEST, read_manifest
 from edgeke.device.policy import Policy, parse_policy
 from edgeke.errors import InputError
 
-__all__ = [
-    "PRECISIONS",
-    "Bundle",
-    "Metadata",
-    "find_bundle",
-    "read_metadata",
-    "read_segments",
-    "segments_hash",
-]
-
 # Names of the one file; the first that is present is the default.
 PRECISIONS = {"int8": "edgeke.int8.onnx", "fp32": "edgeke.onnx"}
 

@@ -9,8 +9,6 @@ from edgeke.device.policy import OperatingPoint, Policy
 from edgeke.device.promises import check_probability, samples_needed
 from edgeke.errors import InputError
 
-__all__ = ["Request", "UnmetError", "choose"]
-
 
 class UnmetError(InputError):
     """No operating point meets a request; `nearest` is the nearest attainable value."""

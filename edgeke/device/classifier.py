@@ -26,8 +26,6 @@ from edgeke.device.segments import Segments
 from edgeke.device.session import open_session
 from edgeke.errors import InputError
 
-__all__ = ["Classifier", "Prediction"]
-
 _PROFILE = "profile.json"
 # The first request for a latency waits this long at most; `profile` may be given more time.
 _FIRST_SECONDS = 5.0

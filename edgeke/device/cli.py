@@ -18,8 +18,6 @@ from edgeke.device.decode import BITS, read_image
 from edgeke.device.profile import Profile
 from edgeke.errors import InputError, report
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command. Returns 0, or 1 with each error in one line on standard error."""

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from edgeke.device.images import check_image, plain_picture
 from edgeke.errors import InputError
 
-__all__ = ["BITS", "fit_picture", "open_picture", "read_image"]
-
 # Significant bits of 16-bit pictures where nothing else is said.
 BITS = 16
 

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from edgeke.errors import InputError
 
-__all__ = ["check_image", "check_images", "plain_picture"]
-
 _Shape = tuple[int, int, int]
 
 

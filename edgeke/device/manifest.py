@@ -7,8 +7,6 @@ from pathlib import Path
 from edgeke.device.decode import BITS
 from edgeke.errors import InputError
 
-__all__ = ["MANIFEST", "Manifest", "read_manifest"]
-
 MANIFEST = "segments.json"
 
 

@@ -27,8 +27,6 @@ from edgeke.device.session import open_session
 from edgeke.device.timing import summary, time_interleaved
 from edgeke.errors import InputError, report
 
-__all__ = ["Job", "Measurements", "Setting", "Trace", "main", "measure", "peak_memory"]
-
 _MODELS, _OUT = Path("models"), Path("out")
 _BATCH = 250
 _BATCHES = (1, 8, 64)

@@ -10,19 +10,6 @@ from edgeke.device.promises import upper_bound
 from edgeke.device.scores import SCORES
 from edgeke.errors import InputError
 
-__all__ = [
-    "ALWAYS",
-    "NEVER",
-    "SCHEMA",
-    "Evidence",
-    "OperatingPoint",
-    "Policy",
-    "RequirementResult",
-    "Risk",
-    "force_exit",
-    "parse_policy",
-]
-
 SCHEMA = 3
 
 # Scores are in [0, 1]: every score exceeds -1, none exceeds 2.

@@ -16,8 +16,6 @@ import onnxruntime
 
 from edgeke.device.timing import summary, time_interleaved
 
-__all__ = ["Profile", "conditions", "measure_costs", "processor", "read_profile", "write_profile"]
-
 # A deeper exit counts at least this much more than the one before it.
 _STEP = 1.001
 

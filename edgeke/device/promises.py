@@ -5,8 +5,6 @@ from functools import lru_cache
 
 from edgeke.errors import InputError
 
-__all__ = ["check_probability", "samples_needed", "upper_bound"]
-
 
 @lru_cache(maxsize=4096)
 def upper_bound(bad: int, samples: int, delta: float) -> float:

@@ -6,18 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "SCORES",
-    "Score",
-    "agreement",
-    "calibrated_probabilities",
-    "entropy",
-    "margin",
-    "max_probability",
-    "statistics",
-    "vote",
-]
-
 Floats = NDArray[np.float32]
 
 # Keeps the logarithm finite where a probability is 0; the graph uses the same.

@@ -13,8 +13,6 @@ from edgeke.device.policy import Policy
 from edgeke.device.scores import Score, calibrated_probabilities, vote
 from edgeke.device.session import open_session
 
-__all__ = ["BatchAnswers", "Segments"]
-
 Floats = NDArray[np.float32]
 
 

@@ -6,8 +6,6 @@ import onnxruntime
 
 from edgeke.errors import InputError
 
-__all__ = ["open_session"]
-
 
 def open_session(model: Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
     """A CPU session on `threads` threads that does not spin while idle.

@@ -9,8 +9,6 @@ import numpy as np
 
 from edgeke.errors import InputError
 
-__all__ = ["summary", "time_interleaved"]
-
 _WARM_UP = 5
 
 

@@ -9,8 +9,6 @@ from onnx import TensorProto, compose, helper, numpy_helper
 from edgeke.device.scores import Score
 from edgeke.graph.scores import build_score, score_constants
 
-__all__ = ["IR_VERSION", "OPSET", "compose_cascade"]
-
 # The widest support for a file with If nodes: ONNX Runtime 1.15.1 and everything newer.
 OPSET = 18
 IR_VERSION = 8

@@ -5,8 +5,6 @@ from numpy.typing import NDArray
 
 from edgeke.errors import InputError
 
-__all__ = ["check_close", "check_exits"]
-
 
 def check_close(
     what: str, values: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float

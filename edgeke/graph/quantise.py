@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from edgeke.device.session import open_session
 from edgeke.graph.compose import IR_VERSION
 
-__all__ = ["quantise", "quantise_segments"]
-
 _BATCH = 50
 
 _Inputs = NDArray[np.uint8] | NDArray[np.float32]

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from edgeke.device.session import open_session
 
-__all__ = ["segment_logits"]
-
 _BATCH = 250
 
 

@@ -9,8 +9,6 @@ from onnx import helper, numpy_helper
 
 from edgeke.device.scores import Score
 
-__all__ = ["build_score", "score_constants"]
-
 _SMALLEST = 1e-12
 
 

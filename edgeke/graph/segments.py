@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from edgeke.graph.compose import IR_VERSION, OPSET
 from edgeke.networks.branchynet import BranchyNet
 
-__all__ = ["export_segments", "export_static"]
-
 
 class _Preprocess(nn.Module):
     """uint8 `[N, H, W, C]` to normalised float32 `[N, C, H, W]`."""

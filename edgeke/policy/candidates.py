@@ -11,8 +11,6 @@ from edgeke.policy.samples import Samples
 from edgeke.policy.solver import best_thresholds
 from edgeke.policy.thresholds import thresholds_for_proportions
 
-__all__ = ["Candidate", "FixedSequence", "budgets_by_cap", "fixed_sequences", "propose"]
-
 _CAPS = 5  # sequences at most
 _STEP = 0.005  # budgets are multiples of a multiple of this, so that names are short
 

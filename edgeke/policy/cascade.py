@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from edgeke.device.scores import vote
 
-__all__ = ["Outcome", "leave_at", "run_cascade"]
-
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 

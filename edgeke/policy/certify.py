@@ -13,8 +13,6 @@ from edgeke.policy.candidates import Candidate, FixedSequence
 from edgeke.policy.fit import FittedPolicy
 from edgeke.policy.samples import ExitLogits, Samples
 
-__all__ = ["certify"]
-
 
 def certify(fitted: FittedPolicy, calibration: ExitLogits, settings: Calibrate) -> Policy:
     """Count on the calibration split, this once, what the frozen candidates answer.

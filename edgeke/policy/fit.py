@@ -10,8 +10,6 @@ from edgeke.policy.candidates import Candidate, FixedSequence, fixed_sequences, 
 from edgeke.policy.samples import ExitLogits, Samples, check_costs
 from edgeke.policy.tuning import Tuning, cross_fit, rank_scores, tune
 
-__all__ = ["FittedPolicy", "fit_policy"]
-
 # Below this many samples thresholds are fitted so closely that their own accuracy flatters.
 _SMALL = 2000
 

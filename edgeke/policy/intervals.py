@@ -2,8 +2,6 @@
 
 from scipy.stats import binomtest
 
-__all__ = ["share_interval"]
-
 
 def share_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided Clopper-Pearson interval for a probability (Clopper & Pearson 1934)."""

@@ -7,8 +7,6 @@ from scipy.special import expit
 
 from edgeke.device.scores import Score, statistics
 
-__all__ = ["fit_learned"]
-
 
 def fit_learned(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> Score:
     """Logistic regression of "this answer is right" per exit, on `statistics`.

@@ -4,8 +4,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-__all__ = ["area_under_risk_coverage", "auroc"]
-
 
 def area_under_risk_coverage(scores: NDArray[np.float32], right: NDArray[np.bool_]) -> float:
     """Mean error of the surest k samples over all k (AURC, Geifman et al. 2019); 0 is perfect.

@@ -8,8 +8,6 @@ from edgeke.policy.samples import ExitLogits
 from edgeke.policy.temperatures import calibration_error, negative_log_likelihood, reliability
 from edgeke.policy.tuning import Tuning
 
-__all__ = ["exit_metrics", "point_metrics", "reliability_rows"]
-
 
 def point_metrics(policy: Policy, validation: ExitLogits) -> dict[str, float]:
     """What named points gave on validation and calibration, and what requirements are promised."""

@@ -10,8 +10,6 @@ from edgeke.device.scores import vote
 from edgeke.errors import InputError
 from edgeke.policy.cascade import leave_at
 
-__all__ = ["ExitLogits", "Samples", "check_costs"]
-
 _LEAST = 1e-12  # probability below which every miss is equally bad
 # What a right answer is worth where the reference is wrong: it raises accuracy, but not does not
 # lower degradation. Half of a whole answer serves requests for either (docs/results.md).

@@ -19,8 +19,6 @@ from edgeke.device.policy import ALWAYS
 from edgeke.policy.samples import Samples, check_costs
 from edgeke.policy.thresholds import cuts
 
-__all__ = ["best_thresholds"]
-
 _WINDOWS = 1600  # divided by the number of exits: more are finer and slower
 _STARTS = 9  # shares of the samples that continue at every exit, evenly from none to all
 

@@ -5,8 +5,6 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-__all__ = ["calibration_error", "fit_temperature", "negative_log_likelihood", "reliability"]
-
 # Beyond this range a temperature says that the fit has nothing to hold on to.
 _LOG_RANGE = (np.log(0.05), np.log(20.0))
 

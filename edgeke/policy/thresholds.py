@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 from edgeke.device.policy import ALWAYS, NEVER
 
-__all__ = ["cuts", "threshold_for_share", "thresholds_for_proportions"]
-
 
 def cuts(scores: NDArray[np.float32]) -> NDArray[np.float32]:
     """Every threshold that divides scores `[N]` differently, ascending from ALWAYS to NEVER.

@@ -13,8 +13,6 @@ from edgeke.policy.samples import ExitLogits, Samples
 from edgeke.policy.temperatures import fit_temperature
 from edgeke.policy.votes import fit_votes
 
-__all__ = ["Fold", "Tuning", "cross_fit", "rank_scores", "tune"]
-
 _FOLDS = 5
 
 

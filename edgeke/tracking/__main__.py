@@ -8,8 +8,6 @@ from edgeke.tracking.results import log_results
 from edgeke.tracking.runs import end_dead_runs
 from edgeke.tracking.store import connected, open_experiment, project_root
 
-__all__ = ["main"]
-
 
 def main() -> int:
     """Complete the store of this repository; returns the exit status."""

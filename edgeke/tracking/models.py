@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from mlflow import MlflowClient
 
-__all__ = ["FILE", "MODEL", "OBJECTIONS", "digest", "log_model", "promotion_tags"]
-
 MODEL = "edgeke.model"  # tag of a parent run: `<registered model>/<version>`
 FILE = "edgeke.sha256"  # tag of a version and of a parent run: which file it is
 OBJECTIONS = "edgeke.objections"  # tag of a version: why it may not be promoted; else empty

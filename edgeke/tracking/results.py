@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from mlflow import MlflowClient
 
-__all__ = ["RESULTS", "STATE", "create_child", "log_results", "log_stage", "metric_name"]
-
 RESULTS = Path("results")
 STATE = "edgeke.state"  # tag of a parent: a hash of the content and the DVC experiment's name
 _EXECUTION = "edgeke.execution"  # tag of a child: the id of its record

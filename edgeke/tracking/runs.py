@@ -27,8 +27,6 @@ from edgeke.tracking.store import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Run", "end_dead_runs", "stage_run"]
-
 _PROCESS = "edgeke.process"  # tag of a run: host, number and start of the process that writes it
 _TRAINING = ("train_teacher", "distill", "train_branchynet")
 # After a failure the store is left alone this long, or this many times what the attempt took.

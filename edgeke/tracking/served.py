@@ -19,8 +19,6 @@ from mlflow.pyfunc.model import PythonModel
 from edgeke.device.classifier import Classifier
 from edgeke.errors import InputError
 
-__all__ = ["Served"]
-
 _FIELDS = ("inputs", "instances", "params")
 _REQUIREMENTS = tuple(inspect.signature(Classifier.predict).parameters)[2:]
 

@@ -14,8 +14,6 @@ from typing import Any
 
 from edgeke.params import Params
 
-__all__ = ["PARENT", "Record", "content", "flatten"]
-
 PARENT = "mlflow.parentRunId"
 _DVC = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 

@@ -16,18 +16,6 @@ from edgeke.errors import InputError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = [
-    "connected",
-    "folder",
-    "is_installed",
-    "locked",
-    "open_experiment",
-    "project_root",
-    "refusal",
-    "store_uri",
-    "without_secrets",
-]
-
 # Set unless the user did. A server that hangs costs two attempts of ten seconds; MLflow's own
 # defaults are eight of two minutes.
 _DEFAULTS = {
