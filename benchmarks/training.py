@@ -126,7 +126,7 @@ def ours(
     resident = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
     targets = torch.from_numpy(labels).to(device)
     normalise = Normalise((0.5,) * 3, (0.5,) * 3, device)
-    augment = Augment(Augmentation(4, True, 0, 0.0, 0.0, False), CLASSES, normalise.mean)
+    augment = Augment(Augmentation(4, True, 0, 0.0, 0.0, False, 1), CLASSES, normalise.mean)
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:

@@ -2,20 +2,19 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from edgeke.data.dataset import Dataset
-from edgeke.learning.fit import OnEpoch, fit
+from edgeke.learning.alone import train_alone
+from edgeke.learning.architectures import start_weights
+from edgeke.learning.fit import OnEpoch
+from edgeke.learning.frozen_trunk import Features
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import make_objective
 from edgeke.learning.parallel import local_device
-from edgeke.learning.resume import ResumeFile, fingerprint
+from edgeke.learning.resume import fingerprint
 from edgeke.learning.trained import Trained
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.params import KD, Plan
-
-__all__ = ["branch_metrics", "distill"]
+from edgeke.params import KD, Network, Plan
 
 
 def distill(
@@ -25,19 +24,28 @@ def distill(
     kd: KD,
     plan: Plan,
     *,
+    start: Network,
     on_epoch: OnEpoch,
 ) -> tuple[Trained, ...]:
-    """Train each exit of `student` as a network of its own, from fresh weights; one result each.
+    """Train each exit of `student` as a network of its own; one result each.
 
+    `start` says where trunks start, and whether they are frozen.
     `teacher` may be None when `kd.distance` is none. Needs the splits train and validation. Rows
     given to `on_epoch` are named by branch, as in `train/branch_0/loss`. The checkpoint of a
     finished branch is kept, so that a later call does not train it again.
     """
     device = local_device()
     images = Images.of(dataset, device)
+    teacher = teacher.to(device) if teacher else None
+    key = {"plan": plan, "kd": kd, "network": start, "data": dataset.sha256}
+    key |= {"teacher": fingerprint(teacher)}
+    weights, features = start_weights(start, student.backbone, plan.seed), None
+    if start.trunk == "frozen":
+        features = Features(BranchyNet(student, weights), images, plan, teacher)
+        images, plan = features.images, features.plan
     objective = make_objective(
         kd,
-        teacher.to(device) if teacher else None,
+        features.teacher if features else teacher,
         label_smoothing=plan.optimisation.label_smoothing,
         paper_factor=1.0,
     )
@@ -47,27 +55,22 @@ def distill(
         def on_branch_epoch(epoch: int, row: dict[str, float], branch: int = branch) -> None:
             on_epoch(epoch, _named(row, branch))
 
-        torch.manual_seed(plan.seed)
-        network = BranchyNet(student.branch(branch))
-        resume = ResumeFile(
-            f"distill/{branch}",
-            plan=plan,
-            kd=kd,
-            architecture=network.architecture,
-            start=fingerprint(network),
-            data=dataset.sha256,
-            teacher=fingerprint(teacher),
+        alone = student.branch(branch)
+        trained.append(
+            train_alone(
+                alone,
+                objective,
+                images,
+                plan,
+                description=f"branch {branch}",
+                on_epoch=on_branch_epoch,
+                slot=f"distill/{branch}",
+                depends_on={**key, "architecture": alone},
+                weights=weights,
+                features=features,
+                exit=branch,
+            )
         )
-        history = fit(
-            network,
-            objective,
-            images,
-            plan,
-            description=f"branch {branch}",
-            on_epoch=on_branch_epoch,
-            resume=resume,
-        )
-        trained.append(Trained(network, history, (resume,)))
     return tuple(trained)
 
 

@@ -31,7 +31,7 @@ Logits = dict[str, NDArray[np.float32]]  # [N, K] by exit or static network
 
 def export(
     network: BranchyNet,
-    static: Mapping[str, BranchyNet],
+    static: Mapping[str, tuple[BranchyNet, Preprocessing]],
     preprocessing: Preprocessing,
     train: Split,
     settings: Export,
@@ -39,17 +39,18 @@ def export(
 ) -> dict[str, float]:
     """Write `segments/{fp32,int8}/` and `static/<name>[.int8].onnx` below `models`.
 
-    `static` holds single-exit networks by name, `main` (the main exit alone) among them; costs are
-    shares of its. Every exit and static network is compared with PyTorch on training images, and
-    int8 by its accuracy, where possible on other images than it was quantised on; two standard
-    errors beyond the tolerance are taken for chance. Returns the metrics. Errors: InputError, with
-    nothing written, when one is off by more than the tolerance.
+    `static` holds single-exit networks by name, each with its own normalisation, `main` (the main
+    exit alone) among them; costs are shares of its. Every exit and static network is compared with
+    PyTorch on training images, and int8 by its accuracy, where possible on other images than it
+    was quantised on; two standard errors beyond the tolerance are taken for chance. Returns the
+    metrics. Errors: InputError, with nothing written, when one is off by more than the tolerance.
     """
     channels, _, size = preprocessing.image_shape
-    normalisation = (preprocessing.mean, preprocessing.std, size)
     samples, compared = _split(train, settings)
-    segments = export_segments(network, *normalisation)
-    graphs = {name: export_static(alone, *normalisation) for name, alone in static.items()}
+    segments = export_segments(network, preprocessing.mean, preprocessing.std, size)
+    graphs = {
+        name: export_static(alone, own.mean, own.std, size) for name, (alone, own) in static.items()
+    }
     fp32 = _run(segments, graphs, compared)
     metrics = _check_fp32(fp32, network, static, preprocessing, compared, settings)
     images = channels_last(samples.images)
@@ -60,7 +61,7 @@ def export(
 
     exits = exit_costs(network, size)
     costs = {f"exit_{exit}": cost for exit, cost in enumerate(exits)}
-    costs |= {name: exit_costs(alone, size)[0] for name, alone in static.items()}
+    costs |= {name: exit_costs(alone, size)[0] for name, (alone, _) in static.items()}
     main_macs = costs["main"].macs
     for name, cost in costs.items():
         metrics |= {f"cost/{name}/{key}": value for key, value in asdict(cost).items()}
@@ -98,18 +99,22 @@ def _split(train: Split, settings: Export) -> tuple[Split, Split]:
 def _check_fp32(
     logits: Logits,
     network: BranchyNet,
-    static: Mapping[str, BranchyNet],
+    static: Mapping[str, tuple[BranchyNet, Preprocessing]],
     preprocessing: Preprocessing,
     compared: Split,
     settings: Export,
 ) -> dict[str, float]:
     """Compare probabilities with PyTorch's."""
-    normalise = Normalise(preprocessing.mean, preprocessing.std, torch.device("cpu"))
     images = torch.from_numpy(compared.images)
-    expected = dict(enumerate(predict(network, images, normalise).numpy()))
-    references = {f"exit_{exit}": at_exit for exit, at_exit in expected.items()}
-    for name, alone in static.items():
-        references[name] = predict(alone, images, normalise).numpy()[0]
+
+    def logits_of(alone: BranchyNet, own: Preprocessing) -> NDArray[np.float32]:
+        normalise = Normalise(own.mean, own.std, torch.device("cpu"))
+        answers: NDArray[np.float32] = predict(alone, images, normalise).numpy()
+        return answers
+
+    exits = enumerate(logits_of(network, preprocessing))
+    references = {f"exit_{exit}": at_exit for exit, at_exit in exits}
+    references |= {name: logits_of(*own)[0] for name, own in static.items()}
     metrics = {}
     for name, reference in references.items():
         difference = check_close(

@@ -108,6 +108,8 @@ class Optimisation:
     """How weights move in all three training stages.
 
     `milestones`, of schedule `step`, are shares of the epochs up to 1, and epochs above it.
+    A trunk that starts from weights learns at `trunk_rate` times the learning rate, and with
+    `keep_statistics` its batch norms keep the means and deviations of those weights.
     """
 
     optimiser: Literal["sgd", "adam", "adamw"]
@@ -121,6 +123,8 @@ class Optimisation:
     ema: Annotated[Number, Field(ge=0, lt=1)]
     clip: Positive | None
     patience: Count | None
+    trunk_rate: Annotated[Number, Field(gt=0, le=1)]
+    keep_statistics: Switch
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -133,12 +137,16 @@ class CropAndFlip:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Mixing:
-    """The part of the augmentation that all profiles share; 0 and false are off."""
+    """The part of the augmentation that all profiles share; 0 and false are off.
+
+    `copies`: how often each image is augmented before a frozen trunk, which sees each copy once.
+    """
 
     cutout: Pixels
     mixup: Annotated[Number, Field(ge=0, le=100)]
     cutmix: Annotated[Number, Field(ge=0, le=100)]
     trivial_augment: Switch
+    copies: Annotated[Whole, Field(ge=1, le=100)]
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -308,15 +316,24 @@ class Network:
     """A backbone: one of ours, of timm's, or the user's own (docs/backbones.md).
 
     `width`: channels of the first stage, of networks that have this choice. `stem: small`: no
-    halving at the beginning, for small images, of timm's networks.
+    halving at the beginning, for small images, of timm's networks. `weights`: where the trunk
+    starts, `pretrained` or a safetensors file. With `trunk: frozen` it stays there, and only exits
+    learn.
     """
 
     network: str
     width: Annotated[Whole, Field(ge=1, le=1024)] | None = None
     stem: Literal["standard", "small"] = "standard"
+    weights: Text | None = None
+    trunk: Literal["finetuned", "frozen"] = "finetuned"
 
     def __post_init__(self) -> None:
         self.backbone(1, 2, 8)  # refuses unknown names and choices
+        if self.trunk == "frozen" and self.weights is None:
+            raise InputError(
+                f"{self.network} has trunk: frozen and no weights, so nothing could be learnt from "
+                "its features; set weights: pretrained, or a safetensors file"
+            )
 
     def backbone(self, channels: int, classes: int, image_size: int) -> Backbone:
         """The network for such images and classes. Errors: InputError when there is none."""
@@ -480,6 +497,7 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
         if exits is not None:
             check_exits(params, exits)
         _check_supervisor(params)
+        _check_frozen(params)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return params
@@ -518,6 +536,15 @@ def _check_supervisor(params: Params) -> None:
         raise InputError(
             f"kd.source = {params.kd.source}, but with order {order} the main exit is not there "
             "to supervise the others; use -S kd.source=teacher"
+        )
+
+
+def _check_frozen(params: Params) -> None:
+    frozen = "frozen" in (params.profile.teacher.trunk, params.profile.student.trunk)
+    if frozen and (params.augmentation.mixup or params.augmentation.cutmix):
+        raise InputError(
+            "augmentation.mixup and augmentation.cutmix mix images anew in every batch, but a "
+            "frozen trunk sees each copy once; set both to 0, or trunk: finetuned"
         )
 
 

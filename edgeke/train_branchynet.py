@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from edgeke.data.dataset import Dataset
+from edgeke.learning.architectures import start_weights
 from edgeke.learning.fit import OnEpoch, fit
+from edgeke.learning.frozen import keep_statistics
+from edgeke.learning.frozen_trunk import Features
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import Objective, make_objective
 from edgeke.learning.orders import Order
@@ -17,9 +20,7 @@ from edgeke.learning.resume import ResumeFile, fingerprint
 from edgeke.learning.trained import Trained
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.params import KD, Plan
-
-__all__ = ["exit_metrics", "train_branchynet"]
+from edgeke.params import KD, Network, Plan
 
 
 def train_branchynet(
@@ -31,6 +32,7 @@ def train_branchynet(
     kd: KD,
     plans: Sequence[Plan],
     *,
+    start: Network,
     seed: int,
     weights: tuple[float, ...],
     detach: bool,
@@ -38,6 +40,8 @@ def train_branchynet(
 ) -> tuple[Trained, BranchyNet]:
     """Train a BranchyNet from distilled branches; returns it, and its plain baseline.
 
+    `start` says where the trunk starts, and whether it is frozen: then all exits that the order
+    trains learn in one pass over their features, after the first of `plans`, none moved by another.
     `branches` maps numbers to networks: those that the order starts from, and the main one.
     `plans` has one plan for each phase; what later phases do not train again stays unchanged.
     Where exits learn together, their losses have the weights `weights` `[E]`, and with `detach`
@@ -52,18 +56,20 @@ def train_branchynet(
     images = Images.of(dataset, device)
     teacher = teacher.to(device) if teacher else None
     main = len(student.exits) - 1
+    weights_at_start = None if order.starts else start_weights(start, student.backbone, seed)
     torch.manual_seed(seed)
-    network = BranchyNet(student)
+    network = BranchyNet(student, weights_at_start)
     for number in order.starts:
         network.load_branch(number, branches[number])
     torch.manual_seed(seed)
-    plain = BranchyNet(student.branch(main))
+    plain = BranchyNet(student.branch(main), weights_at_start)
     if order.starts:
         plain.load_branch(0, branches[main])
     network.to(device)
     depends_on = {
         "plans": plans,
         "kd": kd,
+        "network": start,
         "weights": weights,
         "detach": detach,
         "order": order,
@@ -72,6 +78,9 @@ def train_branchynet(
         "data": dataset.sha256,
         "teacher": fingerprint(teacher),
     }
+    if start.weights is not None and plans and plans[0].optimisation.keep_statistics:
+        keep_statistics(network.backbone)
+        keep_statistics(plain.backbone)
     resumes: list[ResumeFile] = []
     rows: dict[int, dict[str, float]] = {}
 
@@ -80,22 +89,45 @@ def train_branchynet(
         on_epoch(epoch, row)
 
     def train(
-        number: int, root: BranchyNet, view: nn.Module, objective: Objective, names: tuple[str, ...]
+        number: int,
+        root: BranchyNet,
+        view: nn.Module,
+        objective: Objective,
+        names: tuple[str, ...],
+        features: Features | None = None,
     ) -> None:
         slot = f"train_branchynet/{number}/{'plain' if root is plain else 'exits'}"
         resumes.append(ResumeFile(slot, **depends_on))
         fit(
             view,
             objective,
-            images,
-            plans[number],
+            features.images if features else images,
+            features.plan if features else plans[number],
             description=", ".join(names),
             on_epoch=on_phase_epoch,
             names=names,
             root=root,
             resume=resumes[-1],
+            trunk=root.backbone if start.weights is not None else None,
         )
 
+    if start.trunk == "frozen" and order.phases:
+        learn = sorted({exit for phase in order.phases for exit in phase.exits})
+        features = Features(network, images, plans[0], teacher)
+        joint = main in learn
+        objective = make_objective(
+            kd,
+            features.teacher,
+            main=None if joint else features.view({main: network.exits[main]}),
+            joint=joint,
+            weights=(1.0,) * len(learn),
+            label_smoothing=plans[0].optimisation.label_smoothing,
+            paper_factor=order.paper_factor,
+        )
+        view = features.view({exit: network.exits[exit] for exit in learn})
+        train(0, network, view, objective, tuple(f"exit_{exit}" for exit in learn), features)
+        history = [rows[epoch] for epoch in sorted(rows)]
+        return Trained(network.eval(), history, tuple(resumes)), network.branch(main)
     for number, phase in enumerate(order.phases):
         joint = len(phase.exits) > 1
         smoothing = plans[number].optimisation.label_smoothing

@@ -1,40 +1,39 @@
 """Stage `train_teacher`: the large single-exit network that supervises all others."""
 
-import torch
-
 from edgeke.data.dataset import Dataset
-from edgeke.learning.architectures import teacher_architecture
-from edgeke.learning.fit import OnEpoch, fit
+from edgeke.learning.alone import train_alone
+from edgeke.learning.architectures import start_weights, teacher_architecture
+from edgeke.learning.fit import OnEpoch
+from edgeke.learning.frozen_trunk import Features
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
 from edgeke.learning.parallel import local_device
-from edgeke.learning.resume import ResumeFile, fingerprint
 from edgeke.learning.trained import Trained
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import Network, Plan
 
-__all__ = ["train_teacher"]
-
 
 def train_teacher(dataset: Dataset, network: Network, plan: Plan, *, on_epoch: OnEpoch) -> Trained:
-    """Train the teacher on labels alone; needs the splits train and validation."""
+    """Train the teacher on labels alone; needs the splits train and validation.
+
+    With a frozen trunk only its classifier learns.
+    """
     architecture = teacher_architecture(network, dataset)
-    torch.manual_seed(plan.seed)
-    teacher = BranchyNet(architecture)
-    resume = ResumeFile(
-        "train_teacher",
-        plan=plan,
-        architecture=architecture,
-        start=fingerprint(teacher),
-        data=dataset.sha256,
-    )
-    history = fit(
-        teacher,
+    images = Images.of(dataset, local_device())
+    weights, features = start_weights(network, architecture.backbone, plan.seed), None
+    key = {"plan": plan, "architecture": architecture, "network": network, "data": dataset.sha256}
+    if network.trunk == "frozen":
+        features = Features(BranchyNet(architecture, weights), images, plan, None)
+        images, plan = features.images, features.plan
+    return train_alone(
+        architecture,
         CrossEntropy(label_smoothing=plan.optimisation.label_smoothing),
-        Images.of(dataset, local_device()),
+        images,
         plan,
         description="teacher",
         on_epoch=on_epoch,
-        resume=resume,
+        slot="train_teacher",
+        depends_on=key,
+        weights=weights,
+        features=features,
     )
-    return Trained(teacher, history, (resume,))

@@ -3,13 +3,11 @@
 import sys
 from pathlib import Path
 
-import torch
-
 from edgeke.data.dataset import load_dataset
 from edgeke.distill import branch_metrics, distill
 from edgeke.files import write_table
-from edgeke.learning.architectures import student_architecture
-from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
+from edgeke.learning.architectures import normalised_for, student_architecture
+from edgeke.learning.checkpoints import Preprocessing, load_teacher, save_checkpoint
 from edgeke.params import Params
 from edgeke.tracking.runs import Run
 from stages._entry import entry
@@ -17,13 +15,15 @@ from stages._entry import entry
 
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
-    preprocessing, kd = Preprocessing.of(dataset), params.kd
+    start, kd = params.profile.student, params.kd
+    dataset = normalised_for(start, dataset)
+    preprocessing = Preprocessing.of(dataset)
     plan = params.plan(params.profile.recipes.distill)
-    student = student_architecture(params.profile.student, params.branchynet.layout, dataset)
+    student = student_architecture(start, params.branchynet.layout, dataset)
     teacher = None
     if kd.distance != "none":
-        teacher, _ = load_checkpoint(Path("models/teacher"), torch.device("cpu"), preprocessing)
-    trained = distill(dataset, student, teacher, kd, plan, on_epoch=log.epoch)
+        teacher = load_teacher(Path("models/teacher"), preprocessing)
+    trained = distill(dataset, student, teacher, kd, plan, start=start, on_epoch=log.epoch)
     folder, numbers = Path("models/branches"), [str(branch) for branch in range(len(trained))]
     for file in folder.glob("*.*"):  # DVC versions the whole folder
         if file.stem not in numbers:  # left by a layout with more exits

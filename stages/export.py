@@ -16,11 +16,11 @@ from stages._entry import entry
 def run(params: Params, log: Run) -> dict[str, float]:
     cpu, models = torch.device("cpu"), Path("models")
     network, preprocessing = load_checkpoint(models / "branchynet", cpu)
-    static = {"main": network.branch(-1)}
+    static = {"main": (network.branch(-1), preprocessing)}
     for name in ("teacher", "plain"):
-        static[name], _ = load_checkpoint(models / name, cpu)
+        static[name] = load_checkpoint(models / name, cpu)
     for exit in range(len(network.exits)):
-        static[f"branch_{exit}"], _ = load_checkpoint(models / "branches" / str(exit), cpu)
+        static[f"branch_{exit}"] = load_checkpoint(models / "branches" / str(exit), cpu)
     train = load_dataset(Path("data/dataset.safetensors"), ("train",))["train"]
     return export(network, static, preprocessing, train, params.export, models)
 

@@ -7,8 +7,13 @@ import torch
 
 from edgeke.data.dataset import load_dataset
 from edgeke.files import write_table
-from edgeke.learning.architectures import student_architecture
-from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
+from edgeke.learning.architectures import normalised_for, student_architecture
+from edgeke.learning.checkpoints import (
+    Preprocessing,
+    load_checkpoint,
+    load_teacher,
+    save_checkpoint,
+)
 from edgeke.learning.orders import ORDERS
 from edgeke.params import Params
 from edgeke.tracking.runs import Run
@@ -17,11 +22,13 @@ from stages._entry import entry
 
 
 def run(params: Params, log: Run) -> dict[str, float]:
+    start = params.profile.student
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
+    dataset = normalised_for(start, dataset)
     preprocessing, cpu = Preprocessing.of(dataset), torch.device("cpu")
     recipe, kd, settings = params.profile.recipes.train_branchynet, params.kd, params.branchynet
     shared = settings.order != "independent"
-    student = student_architecture(params.profile.student, settings.layout, dataset, shared=shared)
+    student = student_architecture(start, settings.layout, dataset, shared=shared)
     order, exits = ORDERS[settings.order](student.depths), len(student.exits)
     plans = [params.plan(phase) for phase in recipe.phases(len(order.phases))]
     branches = {
@@ -30,7 +37,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
     }
     teacher = None
     if kd.distance != "none":
-        teacher, _ = load_checkpoint(Path("models/teacher"), cpu, preprocessing)
+        teacher = load_teacher(Path("models/teacher"), preprocessing)
     trained, plain = train_branchynet(
         dataset,
         student,
@@ -39,6 +46,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
         teacher,
         kd,
         plans,
+        start=start,
         seed=params.seed,
         weights=settings.weights(exits),
         detach=settings.detach,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from edgeke.data.dataset import load_dataset
 from edgeke.files import write_table
-from edgeke.learning.architectures import check_student
+from edgeke.learning.architectures import check_student, normalised_for
 from edgeke.learning.checkpoints import Preprocessing, save_checkpoint
 from edgeke.params import Params
 from edgeke.tracking.runs import Run
@@ -16,6 +16,7 @@ from stages._entry import entry
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
     check_student(params, dataset)
+    dataset = normalised_for(params.profile.teacher, dataset)
     plan = params.plan(params.profile.recipes.train_teacher)
     trained = train_teacher(dataset, params.profile.teacher, plan, on_epoch=log.epoch)
     metrics = trained.history[-1]

@@ -56,9 +56,17 @@ def plan() -> Plan:
         ema=0.0,
         clip=None,
         patience=None,
+        trunk_rate=0.1,
+        keep_statistics=True,
     )
     augmentation = Augmentation(
-        crop_padding=1, flip=False, cutout=0, mixup=0.0, cutmix=0.0, trivial_augment=False
+        crop_padding=1,
+        flip=False,
+        cutout=0,
+        mixup=0.0,
+        cutmix=0.0,
+        trivial_augment=False,
+        copies=2,
     )
     training = Training(precision="fp32", channels_last=True, compile=False, checkpoint_every=1)
     return Plan(0, training, augmentation, optimisation, recipe)

@@ -14,8 +14,9 @@ from edgeke.learning.distances import DISTANCES
 from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import single_exit
-from edgeke.params import KD
+from edgeke.params import KD, Network
 
+FRESH = Network("resnet10", 4)
 KL = KD("kl", 0.5, 4.0, "teacher", False)
 
 
@@ -35,7 +36,13 @@ def test_every_distance_trains_every_branch_alone(dataset, architecture, plan, t
     kd = KD(distance, 0.5, 4.0, "teacher", False)
     supervisor = None if distance == "none" else teacher
     trained = distill(
-        dataset, architecture, supervisor, kd, plan, on_epoch=lambda _, row: rows.append(row)
+        dataset,
+        architecture,
+        supervisor,
+        kd,
+        plan,
+        start=FRESH,
+        on_epoch=lambda _, row: rows.append(row),
     )
     for branch, one in enumerate(trained):
         assert one.network.architecture == architecture.branch(branch)
@@ -52,11 +59,11 @@ def test_every_distance_trains_every_branch_alone(dataset, architecture, plan, t
 def test_the_teacher_changes_the_branches_and_stays_as_it_was(dataset, architecture, plan, teacher):
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     one = with_recipe(plan, epochs=1)
-    guided = distill(dataset, architecture, teacher, KL, one, on_epoch=quiet)
+    guided = distill(dataset, architecture, teacher, KL, one, start=FRESH, on_epoch=quiet)
     zero = KD("kl", 0.0, 4.0, "teacher", False)
-    unguided = distill(dataset, architecture, teacher, zero, one, on_epoch=quiet)
+    unguided = distill(dataset, architecture, teacher, zero, one, start=FRESH, on_epoch=quiet)
     none = KD("none", 0.5, 4.0, "teacher", False)
-    alone = distill(dataset, architecture, None, none, one, on_epoch=quiet)
+    alone = distill(dataset, architecture, None, none, one, start=FRESH, on_epoch=quiet)
     for branch in range(3):
         states = [runs[branch].network.state_dict() for runs in (guided, unguided, alone)]
         assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])

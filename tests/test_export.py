@@ -41,7 +41,9 @@ def static(network) -> dict[str, BranchyNet]:
 
 def run(network, static, dataset, folder, settings=SETTINGS, train=None):
     train = dataset["train"] if train is None else train
-    return export(network, static, Preprocessing.of(dataset), train, settings, folder)
+    own = Preprocessing.of(dataset)
+    static = {name: (alone, own) for name, alone in static.items()}
+    return export(network, static, own, train, settings, folder)
 
 
 def test_everything_is_written_and_equal_to_pytorch(network, static, dataset, tmp_path: Path):

@@ -108,6 +108,11 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
             16,
             ["augmentation.crop_padding = 16", "side, 16"],
         ),
+        (
+            "profiles.tiny.student",
+            {"network": "timm/resnet18", "trunk": "frozen"},
+            ["timm/resnet18 has trunk: frozen and no weights", "weights: pretrained"],
+        ),
         ("profiles.tiny.recipes.distill.learning_rate", 1e300, ["learning_rate = 1e+300"]),
         ("profiles.tiny.recipes.batch_size", 10**9, ["batch_size", "65536"]),
         ("profiles.digits.recipes.train_branchynet.epochs", [3], ["epochs = [3]", "2 phases"]),

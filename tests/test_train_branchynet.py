@@ -11,9 +11,10 @@ from edgeke.learning.orders import ORDERS
 from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import single_exit
-from edgeke.params import KD
+from edgeke.params import KD, Network
 from edgeke.train_branchynet import exit_metrics, train_branchynet
 
+FRESH = Network("resnet10", 4)
 NO_TEACHER = KD("none", 0.0, 4.0, "teacher", False)
 WEIGHTS = (0.2, 0.2, 0.6)
 
@@ -26,7 +27,16 @@ def train(dataset, architecture, name, plan, kd=NO_TEACHER, teacher=None, **opti
     plans = options.pop("plans", [plan] * len(order.phases))
     settings = {"weights": WEIGHTS, "detach": False, "on_epoch": lambda *_: None, **options}
     trained, plain = train_branchynet(
-        dataset, student, order, branches, teacher, kd, plans, seed=plan.seed, **settings
+        dataset,
+        student,
+        order,
+        branches,
+        teacher,
+        kd,
+        plans,
+        start=FRESH,
+        seed=plan.seed,
+        **settings,
     )
     return trained, plain, branches
 

@@ -1,11 +1,15 @@
-"""From parameters and a dataset to the architectures that are trained on it."""
+"""From parameters and a dataset to the networks that are trained on it."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
 
 from edgeke.data.dataset import Dataset
 from edgeke.networks.architecture import Architecture, Backbone, Layout
 from edgeke.networks.layouts import single_exit, with_layout
+from edgeke.networks.weights import initial_weights, normalisation
 from edgeke.params import Network, Params, check_exits
-
-__all__ = ["check_student", "student_architecture", "teacher_architecture"]
 
 
 def teacher_architecture(network: Network, dataset: Dataset) -> Architecture:
@@ -18,6 +22,31 @@ def student_architecture(
 ) -> Architecture:
     """The multi-exit network of a layout for this dataset's images and classes."""
     return with_layout(layout, _backbone(network, dataset), shared=shared)
+
+
+def normalised_for(network: Network, dataset: Dataset) -> Dataset:
+    """The dataset with the mean and deviation that a network's weights were trained with.
+
+    The dataset's own for a network without weights, or of which nothing is known.
+    """
+    if network.weights is None:
+        return dataset
+    known = normalisation(_backbone(network, dataset))
+    if known is None:
+        return dataset
+    mean, std = known
+    return dataclasses.replace(dataset, mean=mean, std=std)
+
+
+def start_weights(network: Network, backbone: Backbone, seed: int) -> dict[str, Tensor] | None:
+    """The weights that `network` starts from, its new classifier drawn with the seed, or None.
+
+    Errors: InputError when they are missing or do not fit.
+    """
+    if network.weights is None:
+        return None
+    torch.manual_seed(seed)
+    return initial_weights(backbone, network.weights)
 
 
 def check_student(params: Params, dataset: Dataset) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from edgeke.data.dataset import Dataset
 from edgeke.device.decode import BITS
@@ -16,8 +17,6 @@ from edgeke.errors import InputError
 from edgeke.files import read_json, write_bytes, write_text
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
-
-__all__ = ["Preprocessing", "load_checkpoint", "save_checkpoint"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,3 +94,29 @@ def load_checkpoint(
             "data/dataset.safetensors has; run `dvc repro`, or copy both from one machine"
         )
     return network.to(device).eval(), preprocessing
+
+
+def load_teacher(path: Path, student: Preprocessing) -> BranchyNet:
+    """Read the teacher so that it takes images normalised for the student.
+
+    Their mean and deviation differ where only one of the two starts from pretrained weights.
+    Errors: InputError as `load_checkpoint`.
+    """
+    cpu = torch.device("cpu")
+    own = read_json(path.with_suffix(".json")).get("preprocessing", {})
+    mean, std = (tuple(own.get(key, ())) for key in ("mean", "std"))
+    expected = dataclasses.replace(student, mean=mean, std=std)
+    teacher, _ = load_checkpoint(path, cpu, expected)
+    if expected == student:
+        return teacher
+    per_channel = [
+        torch.tensor(values).view(1, -1, 1, 1)
+        for values in (student.mean, student.std, expected.mean, expected.std)
+    ]
+
+    def renormalise(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        mean, std, own_mean, own_std = (values.to(inputs[0].device) for values in per_channel)
+        return (inputs[0] * std + mean - own_mean) / own_std
+
+    teacher.register_forward_pre_hook(renormalise)
+    return teacher

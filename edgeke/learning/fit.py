@@ -27,8 +27,6 @@ from edgeke.learning.resume import (
 from edgeke.learning.schedules import learning_rate
 from edgeke.params import Optimisation, Plan
 
-__all__ = ["History", "OnEpoch", "fit", "make_optimiser"]
-
 # One row an epoch: {"train/loss": ..., "validation/accuracy": ..., ...}
 History = list[dict[str, float]]
 
@@ -47,12 +45,14 @@ def fit(
     names: tuple[str, ...] | None = None,
     root: nn.Module | None = None,
     resume: ResumeFile | None = None,
+    trunk: nn.Module | None = None,
 ) -> History:
     """Train `network` in place on the objective; the last epoch's weights (or their EMA) are kept.
 
     Parameters with `requires_grad=False` stay as they are. Nothing is selected: validation is only
     reported, and ends training early where `patience` says so. `names`, one for each exit of the
-    network, stand in the rows' keys. With `resume`, the state of `root` (default: `network`) is
+    network, stand in the rows' keys. Parameters of `trunk`, a part that starts from good weights,
+    learn at `trunk_rate`. With `resume`, the state of `root` (default: `network`) is
     written to its file every few epochs and on SIGTERM, and the same call goes on from it: on the
     CPU the result is bit-identical to an uninterrupted run. Errors: InputError when the batch
     exceeds the split or the loss diverges; Stopped on SIGTERM.
@@ -67,7 +67,7 @@ def fit(
     network.to(device)
     if plan.training.channels_last and _is_channels_last_safe(network, device):
         network.to(memory_format=torch.channels_last)
-    training = _Training(network, root or network, objective, images, plan, names)
+    training = _Training(network, root or network, objective, images, plan, names, trunk)
     saved = resume.load() if resume else None
     if resume and saved and not training.restore(*saved):
         resume.refuse("its tensors are not this network's")
@@ -118,13 +118,14 @@ class _Training:
         images: Images,
         plan: Plan,
         names: tuple[str, ...] | None,
+        trunk: nn.Module | None,
     ) -> None:
         self.network, self.root, self.objective = network.train(), root, objective
         self.images, self.plan, self.names = images, plan, names
         self.steps = len(images.train) // plan.recipe.batch_size
         self.epoch, self.step = 0, 0  # finished epochs, steps of the next
         self.history: History = []
-        self.optimiser = make_optimiser(network, plan.optimisation)
+        self.optimiser = make_optimiser(network, plan.optimisation, trunk)
         self.average = _moving_average(network, plan.optimisation.ema)
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.order = torch.zeros(0, dtype=torch.int64)  # of the images in this epoch
@@ -154,7 +155,7 @@ class _Training:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.plan.optimisation.clip)
         rate = learning_rate(self.plan, self.epoch * self.steps + self.step, self.steps)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         self.optimiser.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
@@ -226,17 +227,24 @@ class _Training:
         return True
 
 
-def make_optimiser(network: nn.Module, optimisation: Optimisation) -> torch.optim.Optimizer:
+def make_optimiser(
+    network: nn.Module, optimisation: Optimisation, trunk: nn.Module | None = None
+) -> torch.optim.Optimizer:
     """SGD, Adam or AdamW over all parameters that may learn.
 
     Without `decay_norms`, weight decay spares norms and biases (all one-dimensional parameters).
+    Each group's `ratio` is of the learning rate: `trunk_rate` for parameters of `trunk`, else 1.
     """
-    learning = [p for p in network.parameters() if p.requires_grad]
-    spared = [p for p in learning if p.dim() < 2 and not optimisation.decay_norms]
-    decayed = [p for p in learning if p.dim() >= 2 or optimisation.decay_norms]
+    slow = {id(p) for p in trunk.parameters()} if trunk else set()
+    parts: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and ratio
+    for p in network.parameters():
+        if p.requires_grad:
+            decays = p.dim() >= 2 or optimisation.decay_norms
+            ratio = optimisation.trunk_rate if id(p) in slow else 1.0
+            parts.setdefault((optimisation.weight_decay * decays, ratio), []).append(p)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": optimisation.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "ratio": ratio}
+        for (decay, ratio), parameters in parts.items()
     ]
     momentum = optimisation.momentum
     if optimisation.optimiser == "sgd":

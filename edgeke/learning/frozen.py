@@ -1,9 +1,10 @@
-"""A network, or a part of one, that can no longer learn."""
+"""Networks, or parts of them, that can no longer learn, or no longer learn statistics."""
+
+import types
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["Frozen"]
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Frozen(nn.Module):
@@ -26,3 +27,18 @@ class Frozen(nn.Module):
         with torch.inference_mode():
             out: Tensor = self.module(x)
         return out.clone()
+
+
+def keep_statistics(module: nn.Module) -> None:
+    """Let the module's batch norms keep their means and deviations, whatever mode they are put in.
+
+    Their factors and offsets still learn.
+    """
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.eval()
+            norm.train = types.MethodType(_stay, norm)  # type: ignore[method-assign]
+
+
+def _stay(norm: nn.Module, mode: bool = True) -> nn.Module:
+    return norm

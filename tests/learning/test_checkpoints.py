@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -5,8 +6,15 @@ import pytest
 import torch
 from toys import SIZE, replace
 
+from edgeke.data.augment import Normalise
 from edgeke.errors import InputError
-from edgeke.learning.checkpoints import Preprocessing, load_checkpoint, save_checkpoint
+from edgeke.learning.checkpoints import (
+    Preprocessing,
+    load_checkpoint,
+    load_teacher,
+    save_checkpoint,
+)
+from edgeke.learning.predict import predict
 from edgeke.params import KD
 
 CPU = torch.device("cpu")
@@ -76,3 +84,18 @@ def test_a_network_of_other_data_is_refused(saved: Path):
         InputError, match=r"net\.safetensors was trained on images of other classes"
     ):
         load_checkpoint(saved, CPU, other)
+
+
+def test_a_teacher_with_another_normalisation_takes_the_students_images(
+    network, dataset, tmp_path: Path
+):
+    own = Preprocessing.of(dataset)
+    save_checkpoint(network, tmp_path / "t", preprocessing=own, params={}, metrics={})
+    student = dataclasses.replace(own, mean=(0.5,), std=(0.25,))
+    images = torch.from_numpy(dataset["train"].images[:20])
+    answers = [
+        predict(teacher, images, Normalise(given.mean, given.std, torch.device("cpu")))
+        for given in (own, student)
+        for teacher in [load_teacher(tmp_path / "t", given)]
+    ]
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-4)

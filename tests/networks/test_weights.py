@@ -7,11 +7,13 @@ from safetensors.torch import save_file
 from toys import ROOT
 
 from edgeke.errors import InputError
+from edgeke.learning.architectures import normalised_for
 from edgeke.networks.architecture import Backbone, ExitSpec
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.build import build_network
 from edgeke.networks.layouts import with_layout
 from edgeke.networks.weights import initial_weights
+from edgeke.params import Network
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
@@ -124,3 +126,12 @@ def test_without_a_connection_the_way_out_is_named(monkeypatch):
 def test_the_real_weights_fit():
     weights = initial_weights(Backbone("timm/tf_efficientnet_lite0", 1, 1000, 128), str(LITE0))
     assert weights["conv_stem.weight"].shape == (32, 1, 3, 3)
+
+
+def test_images_are_normalised_as_the_pretrained_network_expects(dataset):
+    """Grey images: with the mean of the three channels' values."""
+    network = Network("timm/resnet18", weights="pretrained", trunk="frozen")
+    adapted = normalised_for(network, dataset)
+    assert adapted.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    assert adapted.std == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
+    assert normalised_for(Network("timm/resnet18"), dataset) == dataset
