@@ -118,12 +118,12 @@ def make_page(table: pd.DataFrame, title: str) -> str:
         base.mark_point(filled=True, size=60).encode(cost, accuracy, tooltip=list(dots)),
         base.mark_text(dx=9, dy=-9).encode(cost, accuracy, text="rank"),
     ).properties(width=700, height=400)
-    style = (
-        "<style>body {font: 14px sans-serif} td, th {padding: 3px 8px; text-align: left}</style>"
+    return (
+        f'<!DOCTYPE html><meta charset="utf-8"><title>{escape(title)}</title>'
+        "<style>body {font: 14px sans-serif} td, th {padding: 3px 8px; white-space: nowrap}</style>"
+        f"<h1>{escape(title)}</h1>{chart.to_html(inline=True, fullhtml=False)}<p>{_LEGEND}</p>"
+        f"{_shown(table).to_html(border=0)}"
     )
-    below = f"{style}<p>{_LEGEND}</p>{_shown(table).to_html(border=0)}</body>"
-    page = chart.to_html(inline=True).replace("<body>", f"<body><h1>{escape(title)}</h1>", 1)
-    return below.join(page.rsplit("</body>", 1))
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
