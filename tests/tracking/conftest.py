@@ -1,16 +1,20 @@
 """A repository of the test's own experiment, what MLflow holds of it, and a finished pipeline."""
 
-import copy
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from toys import ROOT
+from bundles import build
+from toys import ROOT, SIZE, randomise
 
 from edgeke import params
+from edgeke.data.dataset import channels_last
 from edgeke.files import write_json, write_table
+from edgeke.graph.quantise import quantise_segments
+from edgeke.graph.segments import export_segments
+from edgeke.networks.branchynet import BranchyNet
 from edgeke.tracking.results import RESULTS
 from edgeke.tracking.runs import stage_run
 from edgeke.tracking.store import project_root, store_uri
@@ -19,7 +23,7 @@ from edgeke.tracking.store import project_root, store_uri
 @pytest.fixture
 def loaded(request) -> params.Params:
     """params.yaml, with an experiment of the test's own."""
-    content = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
     content["tracking"]["experiment"] = re.sub(r"\W+", "-", request.node.name)
     return params.parse(content)
 
@@ -51,9 +55,11 @@ class Experiment:
         below = [run for run in self.runs if "mlflow.parentRunId" in run.data.tags]
         return {run.data.tags["edgeke.slot"]: run for run in reversed(below)}
 
-    def curve(self, slot: str, key: str) -> list[tuple[int, float]]:
-        run = self.children[slot].info.run_id
-        return [(m.step, m.value) for m in self.client.get_metric_history(run, key)]
+    def curve(self, slot: str, key: str = "train/loss") -> list[tuple[int, float]]:
+        return self.history(self.children[slot], key)
+
+    def history(self, run, key: str = "train/loss") -> list[tuple[int, float]]:
+        return [(m.step, m.value) for m in self.client.get_metric_history(run.info.run_id, key)]
 
     def everything(self) -> dict:
         """All that is stored, to compare."""
@@ -114,10 +120,27 @@ def run_pipeline(loaded: params.Params, headline=HEADLINE) -> None:
     run_stage("evaluate", loaded, EVALUATED, headline=headline)
 
 
-@pytest.fixture
-def repository(here: Path, loaded: params.Params) -> Path:
-    """The working folder with a params.yaml that names the test's experiment."""
+@pytest.fixture(scope="session")
+def models(architecture, dataset, tmp_path_factory) -> Path:
+    """A folder of models as the stages leave it: fp32 and int8."""
+    folder = tmp_path_factory.mktemp("models")
+    network = randomise(BranchyNet(architecture))
+    segments = export_segments(network, dataset.mean, dataset.std, SIZE)
+    coarse = quantise_segments(segments, channels_last(dataset["train"].images))
+    build(folder, segments, "margin", "", dataset)
+    return build(folder, coarse, "margin", ".int8", dataset)
+
+
+def write_params(folder: Path, experiment: str, on_failure: str = "fail") -> Path:
+    """A folder whose runs land in an experiment."""
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content["tracking"]["experiment"] = loaded.tracking.experiment
-    (here / "params.yaml").write_text(yaml.safe_dump(content))
-    return here
+    content["tracking"].update(experiment=experiment, on_failure=on_failure)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+@pytest.fixture
+def repository(here: Path, experiment: Experiment) -> Path:
+    """The working folder with a params.yaml that names the test's experiment."""
+    return write_params(here, experiment.name)

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,8 @@ from edgeke import params
 from edgeke.errors import InputError
 from edgeke.tracking.__main__ import main
 from edgeke.tracking.runs import stage_run
+
+from .conftest import run_pipeline, write_params
 
 pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.filterwarnings("ignore:::mlflow")]
 
@@ -52,37 +53,6 @@ def shared(started: Mlflow, monkeypatch, tmp_path: Path) -> Mlflow:
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     return started
-
-
-@pytest.fixture
-def experiment(request) -> str:
-    return request.node.name
-
-
-def repository(folder: Path, experiment: str, on_failure: str = "fail") -> Path:
-    """A folder whose runs land in an experiment of their own."""
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content["tracking"].update(experiment=experiment, on_failure=on_failure)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "params.yaml").write_text(yaml.safe_dump(content))
-    return folder
-
-
-def client():
-    from mlflow import MlflowClient
-
-    return MlflowClient()
-
-
-def runs(experiment: str) -> tuple[list, list]:
-    """Parents and children."""
-    found = client().search_runs([client().get_experiment_by_name(experiment).experiment_id])
-    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-    return parents, [run for run in found if run not in parents]
-
-
-def curve(run: str, key: str = "train/loss") -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in client().get_metric_history(run, key)]
 
 
 def epochs(count: int, factor: float = 1) -> list[tuple[int, float]]:
@@ -131,32 +101,11 @@ def test_no_password_is_written_down_and_the_port_is_this_machines(compose):
     assert ports == [["${MLFLOW_ADDRESS:-127.0.0.1}:${MLFLOW_PORT:-5000}:5000"]]
 
 
-def test_docker_compose_takes_the_file_and_misses_every_secret(compose):
-    docker = shutil.which("docker")
-    plugin = docker and subprocess.run([docker, "compose", "version"], capture_output=True)
-    if not plugin or plugin.returncode:
-        pytest.skip("needs docker with its plugin compose")
-    secrets = sorted(set(re.findall(r"\$\{([A-Z0-9_]+):\?", COMPOSE.read_text())))
-
-    def config(variables: list[str]) -> "subprocess.CompletedProcess[str]":
-        command = [docker, "compose", "-f", str(COMPOSE), "--env-file", "/dev/null", "config"]
-        kept = {key: value for key, value in os.environ.items() if key not in secrets}
-        given = {**kept, **dict.fromkeys(variables, "x" * 20)}
-        return subprocess.run([*command, "-q"], env=given, capture_output=True, text=True)
-
-    assert len(secrets) == 5
-    assert config(secrets).returncode == 0, config(secrets).stderr
-    for name in secrets:
-        refused = config([other for other in secrets if other != name])
-        assert refused.returncode != 0
-        assert f"set {name}" in refused.stderr
-
-
 def test_two_pipelines_of_four_workers_lose_nothing(shared, experiment, tmp_path):
     count = 12
     workers, texts = [], []
     for name in ("calm-crane", "brave-otter"):
-        folder = repository(tmp_path / name, experiment)
+        folder = write_params(tmp_path / name, experiment.name)
         variables = shared.variables(DVC_EXP_NAME=name)
         workers += [fork(folder, variables, slot, count, 0.0) for slot in SLOTS]
         texts += [folder / f"{slot}.txt" for slot in SLOTS]
@@ -165,28 +114,26 @@ def test_two_pipelines_of_four_workers_lose_nothing(shared, experiment, tmp_path
     said = re.sub(r"epoch \d+\n", "", "".join(map(Path.read_text, texts)))
     assert [worker.exitcode for worker in workers] == [0] * 8, said
     assert said == ""
-    parents, children = runs(experiment)
-    names = sorted(parent.data.tags["DVC_EXP_NAME"] for parent in parents)
+    runs = experiment.runs
+    names = sorted(parent.data.tags["DVC_EXP_NAME"] for parent in experiment.parents)
     assert names == ["brave-otter", "calm-crane"]
-    assert len(children) == 8
-    for parent in parents:
-        own = [c for c in children if c.data.tags["mlflow.parentRunId"] == parent.info.run_id]
-        assert {child.data.tags["edgeke.slot"] for child in own} == set(SLOTS)
+    for parent in experiment.parents:
+        own = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        assert sorted(child.data.tags["edgeke.slot"] for child in own) == sorted(SLOTS)
         assert {c.data.tags["DVC_EXP_NAME"] for c in own} == {parent.data.tags["DVC_EXP_NAME"]}
-    for child in children:
-        assert curve(child.info.run_id) == epochs(count)
-        assert curve(child.info.run_id, "validation/loss") == epochs(count, 2)
-        assert child.data.metrics["validation/accuracy"] == 0.5
-    everyone = [*parents, *children]
-    assert {run.info.status for run in everyone} == {"FINISHED"}
-    assert not [run for run in everyone if "edgeke.killed" in run.data.tags]
+        for child in own:
+            assert experiment.history(child) == epochs(count)
+            assert experiment.history(child, "validation/loss") == epochs(count, 2)
+            assert child.data.metrics["validation/accuracy"] == 0.5
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert not [run for run in runs if "edgeke.killed" in run.data.tags]
 
 
 def test_a_colleague_logs_into_the_same_experiment(shared, experiment, tmp_path):
     """With another password, which stands in the address and reaches no output and no file."""
     from mlflow.server import get_app_client
 
-    folder = repository(tmp_path, experiment)
+    folder = write_params(tmp_path, experiment.name)
     users = get_app_client("basic-auth", tracking_uri=shared.uri)
     users.create_user("colleague", "a-long-password-too")
     address = shared.uri.replace("://", "://colleague:a-long-password-too@")
@@ -195,36 +142,41 @@ def test_a_colleague_logs_into_the_same_experiment(shared, experiment, tmp_path)
         worker = fork(folder, variables, slot, 1, 0.0)
         worker.join()
         assert worker.exitcode == 0, (folder / f"{slot}.txt").read_text()
-    (parent,), children = runs(experiment)
-    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
-    assert {child.data.tags["edgeke.slot"] for child in children} == {"download", "export"}
+    assert {run.info.status for run in experiment.runs} == {"FINISHED"}
+    assert set(experiment.children) == {"download", "export"}
+    assert len(experiment.parents) == 1
     for file in filter(Path.is_file, tmp_path.rglob("*")):
         assert b"a-long-password-too" not in file.read_bytes(), file
 
 
-def test_files_reach_the_bucket_through_the_server(shared, experiment, s3, tmp_path):
+def test_a_model_reaches_the_bucket_through_the_server(
+    shared, loaded, experiment, models, s3, tmp_path
+):
+    from mlflow.artifacts import download_artifacts
+
     assert not [name for name in os.environ if name.startswith("AWS_")]
-    run = client().create_run(client().create_experiment(experiment)).info
-    (tmp_path / "model.onnx").write_bytes(b"\0model" * 1000)
-    client().log_artifact(run.run_id, str(tmp_path / "model.onnx"))
-    assert run.artifact_uri.startswith("mlflow-artifacts:")
-    stored = [name for name in servers.object_names(s3) if run.run_id in name]
-    assert [Path(name).name for name in stored] == ["model.onnx"]
-    fetched = client().download_artifacts(run.run_id, "model.onnx", str(tmp_path / "again"))
-    assert Path(fetched).read_bytes() == b"\0model" * 1000
+    shutil.copytree(models, tmp_path / "models")
+    run_pipeline(loaded)
+    name = experiment.parents[0].data.tags["edgeke.model"].partition("/")[0]
+    version = experiment.client.get_model_version(name, "1")
+    assert version.tags["edgeke.objections"] == ""
+    stored = [key for key in servers.object_names(s3) if version.source.split("/")[-2] in key]
+    assert [key for key in stored if key.endswith("/edgeke.int8.onnx")]
+    fetched = Path(download_artifacts(f"models:/{name}/1")) / "artifacts" / "edgeke.int8.onnx"
+    assert fetched.read_bytes() == (models / "edgeke.int8.onnx").read_bytes()
 
 
 def test_a_wrong_password_is_refused_or_made_up_for_with_the_right_one(
     shared, experiment, tmp_path, monkeypatch, capfd
 ):
     names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    repository(tmp_path, experiment)
+    write_params(tmp_path, experiment.name)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "not-the-password")
     with pytest.raises(InputError, match=names) as refused:
         stage_run("download", params.load()).__enter__()
     assert "\n" not in str(refused.value)
 
-    repository(tmp_path, experiment, on_failure="warn")
+    write_params(tmp_path, experiment.name, "warn")
     variables = shared.variables(MLFLOW_TRACKING_PASSWORD="not-the-password")
     worker = fork(tmp_path, variables, "download", 3, 0.0)
     worker.join()
@@ -236,15 +188,14 @@ def test_a_wrong_password_is_refused_or_made_up_for_with_the_right_one(
     assert main() == 0
     printed = capfd.readouterr()
     assert "not-the-password" not in str(refused.value) + said + printed.out + printed.err
-    (parent,), (child,) = runs(experiment)
-    assert curve(child.info.run_id) == epochs(3)
-    assert {parent.info.status, child.info.status} == {"FINISHED"}
+    assert experiment.curve("download") == epochs(3)
+    assert [run.info.status for run in experiment.runs] == ["FINISHED", "FINISHED"]
 
 
 @pytest.mark.slow
 def test_a_killed_server_stops_no_training_and_gets_everything_later(shared, experiment, tmp_path):
     """Killed while requests are on their way; a second stage starts while it is away."""
-    folder = repository(tmp_path, experiment, on_failure="warn")
+    folder = write_params(tmp_path, experiment.name, "warn")
     during = fork(folder, shared.variables(), "distill", 60, 0.05)
     said = folder / "distill.txt"
     while not (said.exists() and "epoch 5\n" in said.read_text()):
@@ -261,11 +212,7 @@ def test_a_killed_server_stops_no_training_and_gets_everything_later(shared, exp
 
     shared.start()
     assert main() == 0
-    (parent,), children = runs(experiment)
-    assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
-    lengths = {"distill": 60, "train_branchynet": 4}
-    assert {child.data.tags["edgeke.slot"] for child in children} == set(lengths)
-    for child in children:
-        assert curve(child.info.run_id) == epochs(lengths[child.data.tags["edgeke.slot"]])
-        assert child.data.metrics["validation/accuracy"] == 0.5
-    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    assert len(experiment.parents) == 1
+    assert experiment.curve("distill") == epochs(60)
+    assert experiment.curve("train_branchynet") == epochs(4)
+    assert {run.info.status for run in experiment.runs} == {"FINISHED"}
