@@ -1,9 +1,11 @@
 """Candidate thresholds, fitted on validation and frozen before calibration is read."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeke.device.policy import ALWAYS, NEVER
 from edgeke.params import Calibrate
@@ -40,20 +42,23 @@ def budgets_by_cap(costs: Sequence[float], points: int) -> dict[int, list[float]
     """The budgets of every sequence's candidates, by its cap, ascending.
 
     Costs `[E]` are shares of the plain main network's. Every exit is a cap, of many exits a few.
-    Budgets are multiples of the smallest step under which all sequences together, with one
-    candidate per cap that always answers there and the point `proportions`, have at most `points`.
+    Budgets are multiples of a step, of twice the step below the last exit: those sequences are for
+    deadlines alone. It is the smallest under which all sequences together, with one candidate per
+    cap that always answers there and the point `proportions`, have at most `points` candidates.
     """
     exits = len(costs)
     caps = sorted({round(cap) for cap in np.linspace(0, exits - 1, min(exits, _CAPS))})
-    size = 0
-    while True:
-        size += 1
-        # In whole steps of _STEP: floating-point multiples would miss or repeat the ends.
-        first = int(np.floor(costs[0] / _STEP / size + 1e-9)) + 1
-        last = [int(np.ceil(costs[cap] / _STEP / size - 1e-9)) for cap in caps]
-        grid = {cap: range(first, end) for cap, end in zip(caps, last, strict=True)}
-        if sum(map(len, grid.values())) + len(caps) + 1 <= max(points, len(caps) + 1):
-            return {cap: [round(k * size * _STEP, 3) for k in ks] for cap, ks in grid.items()}
+    for size in itertools.count(1):
+        budgets = {}
+        for cap in caps:
+            # In whole steps of _STEP: floating-point multiples would miss or repeat the ends.
+            step = size if cap == exits - 1 else 2 * size
+            first = int(np.floor(costs[0] / _STEP / step + 1e-9)) + 1
+            end = int(np.ceil(costs[cap] / _STEP / step - 1e-9))
+            budgets[cap] = [round(k * step * _STEP, 3) for k in range(first, end)]
+        if sum(map(len, budgets.values())) <= max(0, points - len(caps) - 1):
+            return budgets
+    raise AssertionError  # a step above all costs leaves no budget
 
 
 def propose(
@@ -89,9 +94,9 @@ def fixed_sequences(
 ) -> tuple[FixedSequence, ...]:
     """The sequences as they are tested, deepest cap first: equal thresholds once, by one name.
 
-    For a risk those candidates are tested that no cheaper one of the sequence beats on these
-    samples: a main exit that is worse than an earlier one would otherwise end the test at once.
-    What is tested for neither risk is left out, but for `full`.
+    A candidate is tested for a risk unless a cheaper one of the sequence is better on these samples
+    by more than a standard error: a main exit that is worse than an earlier one would otherwise end
+    the test at once. What is tested for neither risk is left out, but for `full`.
     """
     names: dict[tuple[float, ...], str] = {}
     sequences = []
@@ -99,8 +104,8 @@ def fixed_sequences(
         for candidate in [sequence[0], *reversed(sequence)]:  # of equal ones the smallest budget
             names.setdefault(candidate.thresholds, candidate.name)
         thresholds = list(dict.fromkeys(candidate.thresholds for candidate in sequence))
-        degraded = _unbeaten([int(samples.degraded_at(each).sum()) for each in thresholds])
-        wrong = _unbeaten([int((~samples.correct_at(each)).sum()) for each in thresholds])
+        degraded = _tested(np.stack([samples.degraded_at(each) for each in thresholds]))
+        wrong = _tested(np.stack([~samples.correct_at(each) for each in thresholds]))
         rows = [
             (Candidate(names[each], each), for_degradation, for_error)
             for each, for_degradation, for_error in zip(thresholds, degraded, wrong, strict=True)
@@ -116,6 +121,15 @@ def _always(exit: int, exits: int) -> tuple[float, ...]:
     return (*[NEVER] * exit, *[ALWAYS] * (exits - exit))
 
 
-def _unbeaten(bad: Sequence[int]) -> list[bool]:
-    """For each count, whether no later one is smaller."""
-    return [count <= min(bad[place:]) for place, count in enumerate(bad)]
+def _tested(bad: NDArray[np.bool_]) -> list[bool]:
+    """For each candidate of `bad` `[M, N]`, whether no later one is clearly better.
+
+    The standard error of the difference of two counts is about the root of the number of samples on
+    which the two differ (McNemar 1947).
+    """
+    tested = []
+    for place, each in enumerate(bad):
+        later = bad[place + 1 :]
+        worse, better = (each & ~later).sum(axis=1), (later & ~each).sum(axis=1)
+        tested.append(bool((worse - better <= np.sqrt(worse + better)).all()))
+    return tested

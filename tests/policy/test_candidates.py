@@ -12,8 +12,8 @@ COSTS = (0.4, 0.7, 1.2)
 
 
 def test_budgets_are_between_the_exits_costs():
-    between = [0.44, 0.48, 0.52, 0.56]
-    assert budgets_by_cap((0.42, 0.58, 0.6), 12) == {0: [], 1: between, 2: between}
+    budgets = budgets_by_cap((0.42, 0.58, 0.6), 11)
+    assert budgets == {0: [], 1: [0.48, 0.54], 2: [0.45, 0.48, 0.51, 0.54, 0.57]}
     assert budgets_by_cap((0.44, 0.6), 7) == {0: [], 1: [0.48, 0.52, 0.56]}  # not the ends
 
 
@@ -73,5 +73,5 @@ def test_a_main_exit_that_is_worse_does_not_end_the_test_of_the_error():
     assert not full
     assert any(others)
     assert deepest.for_degradation[0]  # by definition it loses nothing
-    wrong = np.array([(~samples.correct_at(c.thresholds)).sum() for c in deepest.candidates])
-    assert (np.diff(wrong[list(deepest.for_error)]) >= 0).all()
+    wrong = np.array([(~samples.correct_at(c.thresholds)).mean() for c in deepest.candidates])
+    assert wrong[list(deepest.for_error)].max() < wrong[0] - 0.1
