@@ -8,8 +8,6 @@ from torch import Tensor
 from edgeke.data.augment import Normalise
 from edgeke.data.dataset import Dataset
 
-__all__ = ["Images"]
-
 
 @dataclass(frozen=True)
 class Images:

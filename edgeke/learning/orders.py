@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ORDERS", "Order", "Phase"]
-
 
 @dataclass(frozen=True)
 class Phase:

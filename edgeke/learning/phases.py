@@ -7,8 +7,6 @@ from edgeke.learning.frozen import Frozen
 from edgeke.learning.orders import Phase
 from edgeke.networks.branchynet import BranchyNet
 
-__all__ = ["DetachedExits", "OneExit", "phase_network"]
-
 
 class OneExit(nn.Module):
     """One exit of a BranchyNet after its trunk, whose first blocks are frozen.

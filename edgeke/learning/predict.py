@@ -7,8 +7,6 @@ from torch.nn import functional as F
 from edgeke.data.augment import Normalise
 from edgeke.learning.images import Images
 
-__all__ = ["evaluate", "predict"]
-
 _BATCH = 500
 
 

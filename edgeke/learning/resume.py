@@ -21,18 +21,6 @@ from edgeke.errors import InputError
 from edgeke.files import write_bytes
 from edgeke.learning.parallel import first_process, from_first
 
-__all__ = [
-    "FOLDER",
-    "Progress",
-    "ResumeFile",
-    "Stopped",
-    "code_hash",
-    "fingerprint",
-    "load_optimiser",
-    "optimiser_tensors",
-    "stop_signals",
-]
-
 FOLDER = Path(".edgeke/checkpoints")
 
 # What in the package `edgeke` computes weights.

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from edgeke.params import Plan
 
-__all__ = ["cosine", "learning_rate", "one_cycle", "step"]
-
 
 def learning_rate(plan: Plan, step_number: int, steps: int) -> float:
     """The rate of a step, counted from 0 over all epochs of `steps` steps each."""

@@ -6,8 +6,6 @@ from edgeke.learning.fit import History
 from edgeke.learning.resume import ResumeFile
 from edgeke.networks.branchynet import BranchyNet
 
-__all__ = ["Trained"]
-
 
 @dataclass(frozen=True)
 class Trained:

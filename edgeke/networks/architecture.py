@@ -7,19 +7,6 @@ from typing import Any, Literal
 
 from edgeke.errors import InputError
 
-__all__ = [
-    "KINDS",
-    "LAYOUTS",
-    "NETWORKS",
-    "TIMM",
-    "Architecture",
-    "Backbone",
-    "ExitSpec",
-    "Layout",
-    "check_layout",
-    "exit_count",
-]
-
 # Every network that is not timm's: its name in params.yaml, and the function or class that builds
 # it from a `Backbone`. Add a network of your own here; docs/backbones.md has an example.
 NETWORKS: dict[str, str] = {

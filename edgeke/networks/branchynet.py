@@ -19,8 +19,6 @@ from edgeke.networks.heads import (
 from edgeke.networks.layouts import attach_points
 from edgeke.networks.tracing import CutPoint, Traced, trace
 
-__all__ = ["BranchyNet", "Exit"]
-
 _BODIES = {"attention": attention_body, "separable": separable_body}
 _HEADS = {"linear": linear_head, "pooled": pooled_head}
 

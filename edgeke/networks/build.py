@@ -9,8 +9,6 @@ from torch import nn
 from edgeke.errors import InputError
 from edgeke.networks.architecture import NETWORKS, TIMM, Backbone
 
-__all__ = ["build_network", "require_timm"]
-
 
 def build_network(backbone: Backbone) -> nn.Module:
     """The network with fresh weights, from images `[N, C, H, W]` to logits `[N, K]`.

@@ -9,8 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgeke.networks.branchynet import BranchyNet
 
-__all__ = ["ExitCost", "exit_costs"]
-
 
 @dataclass(frozen=True)
 class ExitCost:

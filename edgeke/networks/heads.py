@@ -3,16 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Attention",
-    "Statistics",
-    "attention_body",
-    "branch_head",
-    "linear_head",
-    "pooled_head",
-    "separable_body",
-]
-
 _Shape = tuple[int, int, int]
 
 
@@ -40,11 +30,14 @@ class Statistics(nn.Module):
     """Mean, maximum and standard deviation over positions: `[N, C, H, W]` to `[N, 3 C]`."""
 
     def forward(self, features: Tensor) -> Tensor:
-        features = features.float()  # in half precision the difference of squares is noise
-        mean = features.mean((2, 3))
-        # Rounding can make a variance negative, and the root has no slope at 0 (a 1x1 map).
-        variance = torch.relu((features * features).mean((2, 3)) - mean * mean)
-        return torch.cat([mean, features.amax((2, 3)), torch.sqrt(variance + 1e-5)], dim=1)
+        features = features.float()  # in half precision a variance is noise
+        mean = features.mean((2, 3), keepdim=True)
+        # Not the mean of squares less the squared mean: in a channel that is nearly constant
+        # rounding alone would decide, and the norm after it would magnify that.
+        variance = (features - mean).square().mean((2, 3))
+        # The root has no slope at 0 (a 1x1 map).
+        deviation = torch.sqrt(variance + 1e-5)
+        return torch.cat([mean.flatten(1), features.amax((2, 3)), deviation], dim=1)
 
 
 def attention_body(shape: _Shape, outputs: int) -> nn.Sequential:

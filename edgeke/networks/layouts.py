@@ -7,8 +7,6 @@ from edgeke.errors import InputError
 from edgeke.networks.architecture import Architecture, Backbone, ExitSpec, Layout, check_layout
 from edgeke.networks.tracing import CutPoint, Traced, trace
 
-__all__ = ["attach_points", "single_exit", "with_layout"]
-
 # What a share of operations alone gets.
 _DEFAULT_KIND = "pooled"
 

@@ -5,8 +5,6 @@ from torch import Tensor, nn
 from edgeke.errors import InputError
 from edgeke.networks.architecture import Backbone
 
-__all__ = ["BasicBlock", "ResNet", "Stem", "resnet10", "resnet18", "resnet34"]
-
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; the same function as torchvision's BasicBlock."""

@@ -20,8 +20,6 @@ from edgeke.errors import InputError
 from edgeke.networks.architecture import TIMM, Backbone
 from edgeke.networks.build import build_network, require_timm
 
-__all__ = ["CutPoint", "Traced", "trace"]
-
 _STEP, _LARGEST = 8, 1024  # image sizes are multiples of 8 up to 1024
 # Shapes at another size, this one or twice the image's, tell feature maps from what comes later.
 _OTHER_SIZE = 512

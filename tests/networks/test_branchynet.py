@@ -162,3 +162,11 @@ def test_class_vectors_are_the_last_linear_layer(network):
     vectors = network.class_vectors()
     assert vectors.shape == (len(CLASSES), 32)
     assert not vectors.requires_grad
+
+
+def test_deviation_of_a_nearly_constant_channel_is_not_rounding():
+    generator = torch.Generator().manual_seed(0)
+    features = 20 + 1e-2 * torch.randn(4, 3, 64, 64, generator=generator)
+    deviation = Statistics()(features)[:, 6:]
+    exact = (features.double().var((2, 3), correction=0) + 1e-5).sqrt()
+    assert torch.allclose(deviation.double(), exact, rtol=1e-4)

@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["dkd"]
-
 
 def dkd(
     student_logits: Tensor,

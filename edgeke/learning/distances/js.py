@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["js"]
-
 
 def js(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """(KL(s || m) + KL(t || m)) / 2 with m = (s + t) / 2 and s, t = softmax(logits / temperature).

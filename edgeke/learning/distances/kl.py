@@ -3,8 +3,6 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["kl"]
-
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """sum_k t_k ln(t_k / s_k) with s, t = softmax(logits / temperature); SciPy's entropy(t, s).

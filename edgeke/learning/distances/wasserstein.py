@@ -2,8 +2,6 @@
 
 from torch import Tensor
 
-__all__ = ["wasserstein"]
-
 
 def wasserstein(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """mean_k |sort(s)_k - sort(t)_k| with s, t = softmax(logits / temperature).

@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["class_costs", "wasserstein_classes"]
-
 _EPSILON = 0.1  # entropic regularisation, as a share of the largest cost
 _STEPS = 20
 
