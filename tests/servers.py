@@ -242,8 +242,8 @@ class Mlflow(_Child):
         }
 
 
-def work(folder: Path, variables: Mapping[str, str], slot: str, epochs: int, pause: float) -> None:
-    """One stage of `params.yaml` in `folder`: its epochs, then its files. Prints into `<slot>.txt`.
+def work(folder: Path, variables: Mapping[str, str], stage: str, epochs: int, pause: float) -> None:
+    """One stage of `params.yaml` in `folder`: its epochs, then its files. Prints to `<stage>.txt`.
 
     Runs in a process of its own, which `fork` starts.
     """
@@ -251,7 +251,7 @@ def work(folder: Path, variables: Mapping[str, str], slot: str, epochs: int, pau
         del os.environ[key]
     os.environ.update(environment(variables))
     os.chdir(folder)
-    said = os.open(f"{slot}.txt", os.O_WRONLY | os.O_CREAT)
+    said = os.open(f"{stage}.txt", os.O_WRONLY | os.O_CREAT)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(said, stream.fileno())
     from edgeke import params
@@ -262,14 +262,14 @@ def work(folder: Path, variables: Mapping[str, str], slot: str, epochs: int, pau
         {"epoch": epoch, "train/loss": 1 / epoch, "validation/loss": 2 / epoch}
         for epoch in range(1, epochs + 1)
     ]
-    with stage_run(slot, params.load()) as run:
+    with stage_run(stage, params.load()) as run:
         for row in rows:
             epoch = int(row["epoch"])
             run.epoch(epoch, {key: value for key, value in row.items() if key != "epoch"})
             print(f"epoch {epoch}", flush=True)
             time.sleep(pause)
-        write_table(Path("results") / slot / "history.csv", rows)
-        write_json(Path("results") / slot / "metrics.json", {"validation/accuracy": 0.5})
+        write_table(Path("results") / stage / "history.csv", rows)
+        write_json(Path("results") / stage / "metrics.json", {"validation/accuracy": 0.5})
 
 
 def fork(*arguments: object) -> "multiprocessing.process.BaseProcess":

@@ -35,20 +35,20 @@ def log_results(client: "MlflowClient", root: Path) -> None:
     records = [_read_record(path) for path in RESULTS.glob("**/run.json")]
     children: dict[str, Run] = {}
     for record in sorted(filter(None, records), key=lambda record: record.started):
-        children[record.slot] = log_stage(client, root, record)
+        children[record.stage] = log_stage(client, root, record)
         if record.headline:
             _complete_parent(client, root, record, children)
 
 
 def log_stage(client: "MlflowClient", root: Path, record: Record) -> "Run":
-    """A stage's run, complete with what is in `results/<slot>/`; a deleted one stays deleted."""
+    """A stage's run, complete with what is in `results/<stage>/`; a deleted one stays deleted."""
     experiment = open_experiment(client, record.experiment, root)
     child = _find(client, experiment, _EXECUTION, record.id, deleted=True)
     if child and (child.info.status == "FINISHED" or child.info.lifecycle_stage == "deleted"):
         return child
     child = child or create_child(client, root, record, {})
-    curve = _read_history(RESULTS / record.slot / "history.csv")
-    metrics = RESULTS / record.slot / "metrics.json"
+    curve = _read_history(RESULTS / record.stage / "history.csv")
+    metrics = RESULTS / record.stage / "metrics.json"
     _log_missing(client, child, curve, read_json(metrics) if metrics.exists() else {}, record)
     client.set_terminated(child.info.run_id, "FINISHED", record.ended)
     parent = client.get_run(child.data.tags[PARENT])
@@ -74,8 +74,8 @@ def create_child(
         if not parent.data.params:  # new, or the store went away between its making and this
             values = [Param(key, value) for key, value in record.params.items()]
             client.log_batch(parent.info.run_id, params=values, synchronous=True)
-        tags |= {"edgeke.slot": record.slot, _EXECUTION: record.id, PARENT: parent.info.run_id}
-        return client.create_run(experiment, record.started, tags, record.slot)
+        tags |= {"edgeke.stage": record.stage, _EXECUTION: record.id, PARENT: parent.info.run_id}
+        return client.create_run(experiment, record.started, tags, record.stage)
 
 
 def metric_name(key: str) -> str:
@@ -89,13 +89,13 @@ def _complete_parent(
     """Add the headline, links to the runs of stages that DVC restored, and the model."""
     from edgeke.tracking.models import FILE, log_model
 
-    parent = client.get_run(children[record.slot].data.tags[PARENT])
+    parent = client.get_run(children[record.stage].data.tags[PARENT])
     run, tags = parent.info.run_id, parent.data.tags
     if parent.info.lifecycle_stage == "deleted":
         return
     _log_missing(client, parent, {}, record.headline, record)
-    for slot, child in children.items():
-        link = f"edgeke.restored.{slot}"
+    for stage, child in children.items():
+        link = f"edgeke.restored.{stage}"
         active = child.info.lifecycle_stage == "active"
         if active and child.data.tags[PARENT] != run and link not in tags:
             client.set_tag(run, link, child.info.run_id)

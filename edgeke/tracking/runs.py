@@ -112,14 +112,15 @@ class Run:
 
 
 @contextlib.contextmanager
-def stage_run(slot: str, params: Params) -> Iterator[Run]:
-    """The run of one stage: `slot` is the name of its folder in results/.
+def stage_run(stage: str, params: Params) -> Iterator[Run]:
+    """The run of one stage.
 
-    What the stage wrote there is logged at its end, and `run.json` beside it lets `make resend` do
-    the same later. Nothing is logged when `tracking.enabled` is false or MLflow is not installed.
-    Errors: InputError when the store does not answer and `tracking.on_failure` is `fail`.
+    What the stage wrote into `results/<stage>/` is logged at its end, and `run.json` beside it lets
+    `make resend` do the same later. Nothing is logged when `tracking.enabled` is false or MLflow is
+    not installed. Errors: InputError when the store does not answer and `tracking.on_failure` is
+    `fail`.
     """
-    record = Record.start(slot, params)
+    record = Record.start(stage, params)
     run = Run(record, project_root())
     first = not int(os.environ.get("RANK", "0"))  # of the processes that train together
     tracked = params.tracking.enabled and first and is_installed()
@@ -141,7 +142,7 @@ def stage_run(slot: str, params: Params) -> Iterator[Run]:
         run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     record.ended = int(time.time() * 1000)
-    write_json(RESULTS / slot / "run.json", asdict(record))
+    write_json(RESULTS / stage / "run.json", asdict(record))
     if tracked:
         run.finish()
 
@@ -187,7 +188,7 @@ def _is_alive(process: str) -> bool:
 def _system_metrics(run: Run) -> Iterator[None]:
     """MLflow's own monitor of CPU, memory, disk, network and GPU while a stage trains."""
     wanted = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() == "true"
-    if run.client is None or run.record.slot not in _TRAINING or not wanted:
+    if run.client is None or run.record.stage not in _TRAINING or not wanted:
         yield
         return
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor

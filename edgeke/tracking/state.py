@@ -20,7 +20,7 @@ _DVC = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 
 @dataclass
 class Record:
-    """One execution of a stage, kept as `results/<slot>/run.json`: enough to log it later.
+    """One execution of a stage, kept as `results/<stage>/run.json`: enough to log it later.
 
     `state` is a hash of the content and the DVC experiment's name; `name`, `params` and `tags` are
     those of its parent run, to which the last stage adds `headline` and `model`, the SHA-256 of the
@@ -28,7 +28,7 @@ class Record:
     """
 
     id: str
-    slot: str
+    stage: str
     experiment: str
     state: str
     name: str
@@ -40,14 +40,14 @@ class Record:
     model: str | None = None
 
     @classmethod
-    def start(cls, slot: str, params: Params) -> "Record":
+    def start(cls, stage: str, params: Params) -> "Record":
         """The record of a stage that starts now."""
         kd, digest = params.kd, content(params)
         experiment = os.environ.get("DVC_EXP_NAME", "")
         name = f"{params.profile_name}-{kd.distance}-{params.branchynet.order}-b{kd.beta:g}"
         return cls(
             id=uuid.uuid4().hex,
-            slot=slot,
+            stage=stage,
             experiment=params.tracking.experiment,
             state=hashlib.sha256((digest + experiment).encode()).hexdigest()[:16],
             name=f"{name}-{experiment}" if experiment else name,

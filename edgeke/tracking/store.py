@@ -52,7 +52,7 @@ def is_installed() -> bool:
     """Whether MLflow is there; imports it, with defaults that suit a stage."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    for logger in ("mlflow.store", "mlflow.system_metrics"):
+    for logger in ("mlflow.store", "mlflow.system_metrics", "mlflow.pyfunc"):
         # They print tracebacks, with addresses in full; we say the same in one line.
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     try:

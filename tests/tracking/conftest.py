@@ -51,12 +51,12 @@ class Experiment:
 
     @property
     def children(self) -> dict[str, SimpleNamespace]:
-        """By slot; of several the newest."""
+        """By stage; of several the newest."""
         below = [run for run in self.runs if "mlflow.parentRunId" in run.data.tags]
-        return {run.data.tags["edgeke.slot"]: run for run in reversed(below)}
+        return {run.data.tags["edgeke.stage"]: run for run in reversed(below)}
 
-    def curve(self, slot: str, key: str = "train/loss") -> list[tuple[int, float]]:
-        return self.history(self.children[slot], key)
+    def curve(self, stage: str, key: str = "train/loss") -> list[tuple[int, float]]:
+        return self.history(self.children[stage], key)
 
     def history(self, run, key: str = "train/loss") -> list[tuple[int, float]]:
         return [(m.step, m.value) for m in self.client.get_metric_history(run.info.run_id, key)]
@@ -85,17 +85,17 @@ def experiment(loaded) -> Experiment:
     return Experiment(loaded.tracking.experiment)
 
 
-def run_stage(slot: str, loaded: params.Params, metrics=None, rows=(), headline=None) -> None:
+def run_stage(stage: str, loaded: params.Params, metrics=None, rows=(), headline=None) -> None:
     """A stage as stages/ run them: its epochs live, then its files in results/."""
-    with stage_run(slot, loaded) as run:
+    with stage_run(stage, loaded) as run:
         if headline:
             run.headline(headline)
             run.model(Path("models"))
         for row in rows:
             run.epoch(row["epoch"], {f"train/branch_{row['branch']}/loss": row["train/loss"]})
         if rows:
-            write_table(RESULTS / slot / "history.csv", rows)
-        write_json(RESULTS / slot / "metrics.json", metrics or {"m": 1.0})
+            write_table(RESULTS / stage / "history.csv", rows)
+        write_json(RESULTS / stage / "metrics.json", metrics or {"m": 1.0})
 
 
 ROWS = [

@@ -94,8 +94,8 @@ def test_without_tracking_only_the_record_is_written(here, loaded, experiment, m
         folder.__file__ = None
         without.setitem(sys.modules, "mlflow", folder)
         run_stage("calibrate", loaded)
-    for slot in ("export", "calibrate"):
-        assert read_json(here / "results" / slot / "run.json")["slot"] == slot
+    for stage in ("export", "calibrate"):
+        assert read_json(here / "results" / stage / "run.json")["stage"] == stage
     assert experiment.runs == []
 
 
@@ -111,8 +111,8 @@ def test_stages_that_train_carry_the_machines_load(here, loaded, experiment, mon
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     import time
 
-    for slot in ("train_teacher", "export"):
-        with stage_run(slot, loaded):
+    for stage in ("train_teacher", "export"):
+        with stage_run(stage, loaded):
             time.sleep(1)
     load = experiment.children["train_teacher"].data.metrics
     assert 0 <= load["system/cpu_utilization_percentage"] <= 100
@@ -157,13 +157,13 @@ def test_processes_that_start_together_share_one_parent_on_a_fresh_store(tmp_pat
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_"))}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", code, slot],
+            [sys.executable, "-c", code, stage],
             cwd=tmp_path,
             env={**environment, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for slot in ("distill", "export")
+        for stage in ("distill", "export")
     ]
     for process in started:
         _, errors = process.communicate()

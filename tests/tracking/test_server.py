@@ -22,7 +22,7 @@ from .conftest import run_pipeline, write_params
 
 pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.filterwarnings("ignore:::mlflow")]
 
-SLOTS = ("download", "train_teacher", "distill", "train_branchynet")
+STAGES = ("download", "train_teacher", "distill", "train_branchynet")
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def test_two_pipelines_of_four_workers_lose_nothing(shared, experiment, tmp_path
     for name in ("calm-crane", "brave-otter"):
         folder = write_params(tmp_path / name, experiment.name)
         variables = shared.variables(DVC_EXP_NAME=name)
-        workers += [fork(folder, variables, slot, count, 0.0) for slot in SLOTS]
-        texts += [folder / f"{slot}.txt" for slot in SLOTS]
+        workers += [fork(folder, variables, stage, count, 0.0) for stage in STAGES]
+        texts += [folder / f"{stage}.txt" for stage in STAGES]
     for worker in workers:
         worker.join()
     said = re.sub(r"epoch \d+\n", "", "".join(map(Path.read_text, texts)))
@@ -119,7 +119,7 @@ def test_two_pipelines_of_four_workers_lose_nothing(shared, experiment, tmp_path
     assert names == ["brave-otter", "calm-crane"]
     for parent in experiment.parents:
         own = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-        assert sorted(child.data.tags["edgeke.slot"] for child in own) == sorted(SLOTS)
+        assert sorted(child.data.tags["edgeke.stage"] for child in own) == sorted(STAGES)
         assert {c.data.tags["DVC_EXP_NAME"] for c in own} == {parent.data.tags["DVC_EXP_NAME"]}
         for child in own:
             assert experiment.history(child) == epochs(count)
@@ -138,10 +138,10 @@ def test_a_colleague_logs_into_the_same_experiment(shared, experiment, tmp_path)
     users.create_user("colleague", "a-long-password-too")
     address = shared.uri.replace("://", "://colleague:a-long-password-too@")
     theirs = {"MLFLOW_TRACKING_URI": address}
-    for slot, variables in (("download", shared.variables()), ("export", theirs)):
-        worker = fork(folder, variables, slot, 1, 0.0)
+    for stage, variables in (("download", shared.variables()), ("export", theirs)):
+        worker = fork(folder, variables, stage, 1, 0.0)
         worker.join()
-        assert worker.exitcode == 0, (folder / f"{slot}.txt").read_text()
+        assert worker.exitcode == 0, (folder / f"{stage}.txt").read_text()
     assert {run.info.status for run in experiment.runs} == {"FINISHED"}
     assert set(experiment.children) == {"download", "export"}
     assert len(experiment.parents) == 1
