@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Real
 
 from edgeke.device.policy import OperatingPoint, Policy
-from edgeke.device.promises import check_probability, samples_needed
+from edgeke.device.promises import samples_needed
 from edgeke.errors import InputError
 
 
@@ -35,43 +35,33 @@ class Request:
     delta: float | None = None
 
     def __post_init__(self) -> None:
-        for name in [field.name for field in fields(self)]:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            number = isinstance(value, Real) and not isinstance(value, bool)
+        for name, value in vars(self).items():
+            most, words = 1.0, "a number between 0 and 1"
             if name in ("mean_cost", "deadline"):
-                if not (number and 0 < value < 1e15):
-                    raise InputError(f"{name} = {value!r:.40} must be a positive number")
-            elif not number:
-                raise InputError(f"{name} = {value!r:.40} must be a number between 0 and 1")
-            else:
-                check_probability(name, value)
-            object.__setattr__(self, name, float(value))
+                most, words = 1e15, "a positive number"
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < most):
+                raise InputError(f"{name} = {value!r:.40} must be {words}")
 
 
 @dataclass(frozen=True)
 class _Limit:
-    """A requested limit on what points promise: at least that accuracy, at most anything else."""
+    """A requested limit: points are kept whose `value` is at most `most`; accuracy as its error."""
 
     name: str
-    requested: float
+    most: float
     value: Callable[[OperatingPoint], float]
 
     def allows(self, point: OperatingPoint) -> bool:
-        if self.name == "min_accuracy":
-            return self.value(point) >= self.requested - 1e-12
-        return self.value(point) <= self.requested + 1e-12
+        return self.value(point) <= self.most + 1e-12
 
-    def nearest(self, points: Sequence[OperatingPoint]) -> float | None:
-        """The nearest value that one of these points promises; None where none promises any."""
-        values = [value for value in map(self.value, points) if math.isfinite(value)]
-        if not values:
-            return None
-        return max(values) if self.name == "min_accuracy" else min(values)
+    def as_requested(self, value: float) -> float:
+        return 1 - value if self.name == "min_accuracy" else value
 
-    def rounded(self, value: float) -> str:
-        return _rounded(value, math.floor if self.name == "min_accuracy" else math.ceil)
+    def text(self, value: float) -> str:
+        """The limit at a value, rounded to the side on which it can be attained."""
+        towards = math.floor if self.name == "min_accuracy" else math.ceil
+        return f"{self.name} {_rounded(self.as_requested(value), towards)}"
 
 
 def choose(
@@ -96,13 +86,6 @@ def choose(
         return policy.point(policy.default)
     deepest = exits - 1 if request.deadline is None else _deepest(request.deadline, worst)
     points = [point for point in policy.points if point.deepest <= deepest]
-    if not points:
-        nearest = worst[min(point.deepest for point in policy.points)]
-        raise UnmetError(
-            f"a deadline of {request.deadline:g} cannot be met: no operating point stops that "
-            f"early; the nearest attainable is {_rounded(nearest, math.ceil)}",
-            nearest,
-        )
     delta = policy.delta if request.delta is None else request.delta
     limits = _limits(policy, request, costs, deepest, delta)
     kept = [point for point in points if all(limit.allows(point) for limit in limits)]
@@ -134,63 +117,43 @@ def _limits(
     calibration, so its promises hold for the request.
     """
     cap = max((cap for cap in policy.caps if cap <= deepest), default=deepest)
-    values: dict[str, tuple[float | None, Callable[[OperatingPoint], float]]] = {
-        "max_degradation": (
+    error = None if request.min_accuracy is None else 1 - request.min_accuracy
+    every: list[tuple[str, float | None, Callable[[OperatingPoint], float]]] = [
+        (
+            "max_degradation",
             request.max_degradation,
-            lambda point: point.promised("max_degradation", delta, cap),
+            lambda p: p.promised("max_degradation", delta, cap),
         ),
-        "min_accuracy": (
-            request.min_accuracy,
-            lambda point: 1 - point.promised("max_error", delta, cap),
-        ),
-        "mean cost": (
-            request.mean_cost,
-            lambda point: policy.promised_cost(point, costs, delta),
-        ),
-    }
-    return [
-        _Limit(name, requested, value)
-        for name, (requested, value) in values.items()
-        if requested is not None
+        ("min_accuracy", error, lambda p: p.promised("max_error", delta, cap)),
+        ("mean cost", request.mean_cost, lambda p: policy.promised_cost(p, costs, delta)),
     ]
+    return [_Limit(name, most, value) for name, most, value in every if most is not None]
 
 
 def _unmet(points: Sequence[OperatingPoint], limits: Sequence[_Limit], delta: float) -> UnmetError:
     """What cannot be promised, and for each limit the nearest value with all others kept."""
-    nearest, values = None, []
-    for limit in limits:
-        others = [p for p in points if all(o.allows(p) for o in limits if o is not limit)]
-        value = limit.nearest(others)
-        if value is not None:
-            nearest = value
-            values.append(f"{limit.name} {limit.rounded(value)}")
-    requested = " and ".join(f"{limit.name} {limit.requested:g}" for limit in limits)
-    if len(limits) == 1:
-        remedy = f"the nearest attainable is {values[0].split()[-1]}" if values else "nothing is"
-    elif values:
-        remedy = f"attainable with all else kept is {' or '.join(values)}"
-    else:
-        alone = [(limit, limit.nearest(points)) for limit in limits]
-        values = [f"{limit.name} {limit.rounded(v)}" for limit, v in alone if v is not None]
-        remedy = f"attainable alone is {', '.join(values)}" if values else "nothing is"
+    requested = " and ".join(f"{each.name} {each.as_requested(each.most):g}" for each in limits)
     together = " together" if len(limits) > 1 else ""
-    return UnmetError(
-        f"{requested} cannot be promised{together}{_too_few(points[0].samples, limits, delta)}; "
-        f"{remedy}",
-        nearest,
-    )
-
-
-def _too_few(samples: int, limits: Sequence[_Limit], delta: float) -> str:
+    words = " with all else kept" if together else ""
+    ways = []
     for limit in limits:
-        error = 1 - limit.requested if limit.name == "min_accuracy" else limit.requested
-        if limit.name != "mean cost" and samples < samples_needed(error, delta):
-            needed = samples_needed(error, delta)
-            return (
-                f"; {samples} calibration samples are too few for {limit.name} "
-                f"{limit.requested:g}, it takes {needed}"
-            )
-    return ""
+        others = [p for p in points if all(each.allows(p) for each in limits if each is not limit)]
+        ways.append((limit, min(map(limit.value, others), default=math.inf)))
+    nearest = [limit.as_requested(value) for limit, value in ways if math.isfinite(value)]
+    if not nearest:
+        words = " alone"
+        ways = [(limit, min(map(limit.value, points))) for limit in limits]
+    texts = [limit.text(value) for limit, value in ways if math.isfinite(value)]
+    few, samples = "", points[0].samples
+    for limit in limits:
+        needed = 0 if limit.name == "mean cost" else samples_needed(limit.most, delta)
+        if samples < needed:
+            few = f"; {samples} calibration samples are too few for {limit.name}, it takes {needed}"
+    return UnmetError(
+        f"{requested} cannot be promised{together}{few}; the nearest attainable{words} is "
+        f"{' or '.join(texts) or 'nothing'}",
+        nearest[-1] if nearest else None,
+    )
 
 
 def _rounded(value: float, towards: Callable[[float], int]) -> str:

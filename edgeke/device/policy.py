@@ -267,6 +267,7 @@ def _check(policy: Policy) -> None:
         for item in point.evidence:
             tested = [count for count in (item.degraded, item.wrong) if count is not None]
             _require("evidence", _whole(0, samples, *tested), _whole(0, exits - 1, item.cap))
+    _require("a point for every deadline", min(point.deepest for point in points) == 0)
     for result in policy.requirements:
         numbers = [result.bound, result.delta]
         numbers += [] if result.nearest is None else [result.nearest]

@@ -14,7 +14,7 @@ def upper_bound(bad: int, samples: int, delta: float) -> float:
     probability `delta`. Never below the observed rate, which matters for `delta` above 1/2 only.
     Errors: InputError when `delta` is not between 0 and 1.
     """
-    check_probability("delta", delta)
+    _check_probability("delta", delta)
     if bad >= samples:
         return 1.0
     low, high = bad / samples, 1.0
@@ -53,12 +53,11 @@ def samples_needed(epsilon: float, delta: float) -> int:
 
     230 for 1 % at delta 0.1. Errors: InputError when either is not between 0 and 1.
     """
-    check_probability("epsilon", epsilon)
-    check_probability("delta", delta)
+    _check_probability("epsilon", epsilon)
+    _check_probability("delta", delta)
     return math.ceil(math.log(delta) / math.log1p(-epsilon))
 
 
-def check_probability(name: str, value: float) -> None:
-    """Refuse a number that is not between 0 and 1, both excluded."""
+def _check_probability(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise InputError(f"{name} = {value!r} must be between 0 and 1, such as 0.05")

@@ -1,13 +1,12 @@
 """Candidate thresholds, fitted on validation and frozen before calibration is read."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeke.device.policy import ALWAYS, NEVER
+from edgeke.device.policy import force_exit
 from edgeke.params import Calibrate
 from edgeke.policy.samples import Samples
 from edgeke.policy.solver import best_thresholds
@@ -48,7 +47,9 @@ def budgets_by_cap(costs: Sequence[float], points: int) -> dict[int, list[float]
     """
     exits = len(costs)
     caps = sorted({round(cap) for cap in np.linspace(0, exits - 1, min(exits, _CAPS))})
-    for size in itertools.count(1):
+    size = 0
+    while True:
+        size += 1
         budgets = {}
         for cap in caps:
             # In whole steps of _STEP: floating-point multiples would miss or repeat the ends.
@@ -58,7 +59,6 @@ def budgets_by_cap(costs: Sequence[float], points: int) -> dict[int, list[float]
             budgets[cap] = [round(k * step * _STEP, 3) for k in range(first, end)]
         if sum(map(len, budgets.values())) <= max(0, points - len(caps) - 1):
             return budgets
-    raise AssertionError  # a step above all costs leaves no budget
 
 
 def propose(
@@ -72,7 +72,7 @@ def propose(
     never are.
     """
     exits, gain = len(costs), samples.gain()
-    first = Candidate("exit_0", _always(0, exits))
+    first = Candidate("exit_0", force_exit(0, exits))
     sequences = {0: [first]}
     for cap, budgets in budgets_by_cap(costs, settings.points).items():
         if cap == 0:
@@ -84,7 +84,7 @@ def propose(
             # Where nothing costs that much, what costs less is the best that there is.
             known = sequence[-1].thresholds if thresholds is None else thresholds
             sequence.append(Candidate(f"cost_{budget:g}{suffix}", known))
-        sequences[cap] = [Candidate(name, _always(cap, exits)), *reversed(sequence)]
+        sequences[cap] = [Candidate(name, force_exit(cap, exits)), *reversed(sequence)]
     thresholds = thresholds_for_proportions(samples.scores, settings.shares(exits))
     return sequences, Candidate("proportions", thresholds)
 
@@ -114,11 +114,6 @@ def fixed_sequences(
         candidates, for_degradation, for_error = zip(*rows, strict=True)
         sequences.append(FixedSequence(cap, candidates, for_degradation, for_error))
     return tuple(sequences)
-
-
-def _always(exit: int, exits: int) -> tuple[float, ...]:
-    """Everybody leaves at `exit`."""
-    return (*[NEVER] * exit, *[ALWAYS] * (exits - exit))
 
 
 def _tested(bad: NDArray[np.bool_]) -> list[bool]:

@@ -19,15 +19,6 @@ class Outcome:
     exit: Integers
     probabilities: Floats
 
-    def shares(self, exits: int) -> tuple[float, ...]:
-        """Share of samples that pay for each exit, `[E]`; voted ones paid for the last."""
-        paid = np.minimum(self.exit, exits - 1)
-        return tuple((np.bincount(paid, minlength=exits) / len(paid)).tolist())
-
-    def accuracy(self, labels: Integers) -> float:
-        """Share of samples answered right."""
-        return float((self.probabilities.argmax(-1) == labels).mean())
-
 
 def leave_at(scores: Floats, thresholds: Sequence[float]) -> Integers:
     """The first exit whose score exceeds its threshold, E where none does: `[E, N]` to `[N]`."""

@@ -19,7 +19,8 @@ def certify(fitted: FittedPolicy, calibration: ExitLogits, settings: Calibrate) 
 
     A requirement that cannot be met is recorded as such, with the nearest that can. The default is
     the cheapest point that keeps all quality requirements (`max_degradation`, `min_accuracy`) at
-    once, and `full` where there is none; without any it is the point of the first `max_cost`.
+    once; without any it is the point of the first `max_cost`. Where there is no such point, it is
+    `full`.
     """
     samples = fitted.tuning.samples(calibration)
     evidence: dict[tuple[float, ...], list[Evidence]] = {}
@@ -95,7 +96,7 @@ def _result(policy: Policy, requirement: Requirement) -> RequirementResult:
 
 
 def _default(policy: Policy, results: Sequence[RequirementResult]) -> str:
-    cap = len(policy.macs) - 1
+    cap, costs = len(policy.macs) - 1, policy.cost_shares
     quality = [result for result in results if result.kind != "max_cost"]
     if not quality:
         return next((result.point for result in results if result.point is not None), "full")
@@ -106,6 +107,5 @@ def _default(policy: Policy, results: Sequence[RequirementResult]) -> str:
         return point.promised("max_degradation", result.delta, cap) <= result.bound + 1e-12
 
     kept = [p for p in policy.points if all(keeps(p, result) for result in quality)]
-    costs = policy.cost_shares
     cheapest = min(kept, key=lambda p: p.expected_cost(costs), default=policy.point("full"))
     return cheapest.name

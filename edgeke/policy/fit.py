@@ -31,10 +31,12 @@ class FittedPolicy:
 
     @property
     def candidates(self) -> list[Candidate]:
-        """Each set of thresholds once."""
+        """Those of the sequences, each set of thresholds once, and `proportions`."""
         every = [c for sequence in self.sequences for c in sequence.candidates]
-        unique = {candidate.thresholds: candidate for candidate in [self.proportions, *every]}
-        return list(unique.values())
+        return [
+            *{candidate.thresholds: candidate for candidate in every}.values(),
+            self.proportions,
+        ]
 
 
 def fit_policy(

@@ -1,4 +1,4 @@
-"""A score that is learnt: what separates right from wrong answers at each exit."""
+"""The learned score: how likely each exit's answer is right."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ def fit_learned(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -
     """Logistic regression of "this answer is right" per exit, on `statistics`.
 
     `probabilities` `[E, N, K]`, `labels` `[N]`. The standardised weights have a Gaussian prior of
-    variance 1, so that few samples, or no wrong one, give small weights instead of endless ones.
+    variance 1, so that few samples, or none that is wrong, give small weights.
     """
     weights = []
     for exit, at_exit in enumerate(probabilities):
@@ -22,7 +22,7 @@ def fit_learned(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -
 
 
 def _logistic(inputs: NDArray[np.float64], right: NDArray[np.bool_]) -> tuple[float, ...]:
-    """Bias and weights `[1 + F]` for inputs `[N, F]`, not standardised any more."""
+    """Bias and weights `[1 + F]` for inputs `[N, F]` that are not standardised."""
     mean, spread = inputs.mean(axis=0), inputs.std(axis=0) + 1e-6
     design = np.column_stack([np.ones(len(inputs)), (inputs - mean) / spread])
 

@@ -1,4 +1,4 @@
-"""How well a score puts right answers before wrong ones: what makes exits good."""
+"""How well a score ranks right answers before wrong ones."""
 
 import numpy as np
 from numpy.typing import NDArray

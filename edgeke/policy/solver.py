@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeke.device.policy import ALWAYS
+from edgeke.device.policy import ALWAYS, NEVER
 from edgeke.policy.samples import Samples, check_costs
 from edgeke.policy.thresholds import cuts
 
@@ -131,9 +131,8 @@ class _Cascade:
 
     def thresholds(self, stay: _Integers) -> tuple[float, ...]:
         """The thresholds `[E]` under which those samples continue."""
-        values = []
-        for scores, possible, place in zip(self.scores, self.possible, stay, strict=True):
-            values.append(float(cuts(scores)[possible[1 : place + 1].sum()]))
-            if values[-1] == ALWAYS:  # what follows is never reached
-                break
-        return (*values, *[ALWAYS] * (self.exits - len(values)))
+        rows = zip(self.scores, self.possible, stay, strict=True)
+        values = [float(cuts(scores)[possible[1 : n + 1].sum()]) for scores, possible, n in rows]
+        values.append(ALWAYS)
+        reached = values[: values.index(ALWAYS) + 1]
+        return tuple([*reached, *[NEVER] * self.exits][: self.exits])

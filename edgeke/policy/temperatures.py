@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-# Beyond this range a temperature says that the fit has nothing to hold on to.
+# A temperature beyond this range says that the samples do not determine it.
 _LOG_RANGE = (np.log(0.05), np.log(20.0))
 
 

@@ -1,4 +1,4 @@
-"""Thresholds from the shares of samples that are to leave."""
+"""Possible thresholds, and those under which given shares of the samples leave."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ from edgeke.device.policy import ALWAYS, NEVER
 def cuts(scores: NDArray[np.float32]) -> NDArray[np.float32]:
     """Every threshold that divides scores `[N]` differently, ascending from ALWAYS to NEVER.
 
-    Each lies halfway between two observed scores, so that rounding on another machine moves nobody
-    across. Equal scores leave or stay together.
+    Each is halfway between two observed scores, so that no sample crosses it through rounding on
+    another machine. Equal scores leave or stay together.
     """
     values = np.unique(scores.astype(np.float32))
     middles = ((values[:-1].astype(np.float64) + values[1:]) / 2).astype(np.float32)

@@ -12,9 +12,9 @@ def fit_votes(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> 
     `probabilities` `[E, N, K]`. Expectation maximisation for mixture weights (Dempster et al.
     1977): the likelihood is concave in them, and every step raises it.
     """
-    of_label = probabilities[:, np.arange(len(labels)), labels].astype(np.float64) + 1e-12
-    weights = np.full(len(of_label), 1 / len(of_label))
+    likelihood = probabilities[:, np.arange(len(labels)), labels].astype(np.float64) + 1e-12
+    weights = np.full(len(likelihood), 1 / len(likelihood))
     for _ in range(_STEPS):
-        joint = weights[:, None] * of_label
+        joint = weights[:, None] * likelihood
         weights = (joint / joint.sum(axis=0)).mean(axis=1)
     return tuple(weights.tolist())

@@ -90,19 +90,12 @@ def test_a_deadline_leaves_deep_exits_out():
     assert choose(POLICY, Request(deadline=3.0), COSTS, worst).name == "fast"
 
 
-def test_a_deadline_that_no_point_was_made_for():
-    deep = replace(POLICY, points=POINTS[:2])
-    with pytest.raises(UnmetError, match=r"no operating point stops that early; .* is 4") as caught:
-        choose(deep, Request(deadline=1.5, max_degradation=0.05), COSTS)
-    assert caught.value.nearest == 4
-
-
 def test_promises_under_a_deadline_are_those_of_the_deepest_cap_within_it():
     assert chosen(deadline=3.0, max_degradation=0.05) == "two"
     # `fast` promises 10.3 % among deeper exits and 9.2 % where only exit 0 is allowed.
     assert chosen(deadline=1.5, max_degradation=0.095) == "fast"
     with pytest.raises(
-        UnmetError, match=r"max_degradation 0\.04 .* nearest attainable is 0\.04916"
+        UnmetError, match=r"max_degradation 0\.04 .* nearest attainable is max_degradation 0\.04916"
     ):
         chosen(deadline=3.0, max_degradation=0.04)
     without = replace(
@@ -113,10 +106,14 @@ def test_promises_under_a_deadline_are_those_of_the_deepest_cap_within_it():
 
 
 def test_the_nearest_is_named_and_returned():
-    with pytest.raises(UnmetError, match=r"mean cost 0\.5 .* nearest attainable is 1") as caught:
+    with pytest.raises(
+        UnmetError, match=r"mean cost 0\.5 .* nearest attainable is mean cost 1"
+    ) as caught:
         chosen(mean_cost=0.5)
     assert caught.value.nearest == 1
-    with pytest.raises(UnmetError, match=r"min_accuracy 0\.99 .* is 0\.9453") as caught:
+    with pytest.raises(
+        UnmetError, match=r"min_accuracy 0\.99 .* is min_accuracy 0\.9453"
+    ) as caught:
         chosen(min_accuracy=0.99)
     assert caught.value.nearest == pytest.approx(1 - upper_bound(45, 1000, 0.1))
     with pytest.raises(UnmetError, match=r"1000 calibration samples are too few .* takes 2302;"):
@@ -129,7 +126,7 @@ def test_what_cannot_be_kept_together_names_each_way_out():
     with pytest.raises(UnmetError) as caught:  # cheaper than `middle` degrades more
         chosen(mean_cost=1.5, max_degradation=0.02)
     assert "max_degradation 0.02 and mean cost 1.5 cannot be promised together" in str(caught.value)
-    assert "attainable with all else kept is max_degradation 0.1028 or mean cost" in str(
+    assert "nearest attainable with all else kept is max_degradation 0.1028 or mean cost" in str(
         caught.value
     )
     assert caught.value.nearest == pytest.approx(MIDDLE_COST)
@@ -137,7 +134,7 @@ def test_what_cannot_be_kept_together_names_each_way_out():
         chosen(max_degradation=0.02, min_accuracy=0.99)
     with pytest.raises(UnmetError) as caught:
         chosen(max_degradation=0.001, min_accuracy=0.99, mean_cost=0.1)
-    words = "alone is max_degradation 0.0023, min_accuracy 0.9453, mean cost 1"
+    words = "alone is max_degradation 0.0023 or min_accuracy 0.9453 or mean cost 1"
     assert words in str(caught.value)
     assert caught.value.nearest is None
 
@@ -149,7 +146,9 @@ def test_the_nearest_as_it_is_written_can_be_asked_for(scale):
         with pytest.raises(UnmetError) as caught:
             choose(POLICY, Request(**{limit: 1e-9}), costs)
         written = float(
-            re.search(r"(?:attainable is|alone takes) ([\d.e+-]*\d)", str(caught.value))[1]
+            re.search(r"(?:attainable is mean cost|alone takes) ([\d.e+-]*\d)", str(caught.value))[
+                1
+            ]
         )
         assert written == pytest.approx(costs[0], rel=1e-3)
         assert choose(POLICY, Request(**{limit: written}), costs).name == "fast"
@@ -162,12 +161,12 @@ def test_the_nearest_as_it_is_written_can_be_asked_for(scale):
         ({"deadline": float("nan")}, "deadline = nan must be"),
         ({"deadline": 10**400}, "deadline = 1000.* must be a positive"),
         ({"mean_cost": np.array(0.5)}, "mean_cost = array.* must be a positive number"),
-        ({"min_accuracy": 97}, "min_accuracy = 97 must be between 0 and 1"),
+        ({"min_accuracy": 97}, "min_accuracy = 97 must be a number between 0 and 1"),
         ({"max_degradation": "0.5"}, "max_degradation = '0.5' must be a number between 0 and 1"),
         ({"max_degradation": [1]}, r"max_degradation = \[1\] must be a number"),
         ({"max_degradation": True}, "max_degradation = True must be a number"),
-        ({"max_degradation": 0}, "max_degradation = 0 must be between"),
-        ({"max_degradation": 0.1, "delta": 1}, "delta = 1 must be between"),
+        ({"max_degradation": 0}, "max_degradation = 0 must be a number"),
+        ({"max_degradation": 0.1, "delta": 1}, "delta = 1 must be a number"),
     ],
 )
 def test_senseless_requests_are_refused(request_, words):

@@ -25,6 +25,7 @@ POINT = OperatingPoint(
     validation_accuracy=0.92,
     evidence=(Evidence(1, 0, None),),
 )
+FIRST = replace(POINT, name="exit_0", thresholds=(-1.0, 2.0), reached=(100, 0))
 POLICY = Policy(
     score="learned",
     score_weights=((0.1,) * 4, (0.2,) * 8),
@@ -32,7 +33,7 @@ POLICY = Policy(
     macs=(10, 20),
     main_macs=18,
     delta=0.1,
-    points=(POINT,),
+    points=(POINT, FIRST),
     requirements=(RequirementResult("max_cost_0.9", "max_cost", 0.9, 0.1, "full", None),),
     default="full",
 )
@@ -64,6 +65,7 @@ def test_policy_round_trip():
         (changed("schema", value=2), "policy schema 2 is not 3"),
         (changed("points", value=[]), "names of points"),
         (changed("points", value=[json.loads(TEXT)["points"][0]] * 2), "names of points"),
+        (changed("points", value=json.loads(TEXT)["points"][:1]), "a point for every deadline"),
         (changed("macs", value=[20, 10]), "macs"),
         (changed("macs", value=[10, 20, 30]), "score_weights"),
         (changed("main_macs", value=10**400), "macs"),
@@ -87,7 +89,7 @@ def test_policy_round_trip():
         (changed("points", 0, "evidence", value=[{}]), "incomplete"),
         (changed("requirements", 0, "point", value="fast"), "requirements"),
         (changed("requirements", value=[{}]), "incomplete"),
-        (changed("default", value="fast"), "no operating point 'fast'; use one of full"),
+        (changed("default", value="fast"), "no operating point 'fast'; use one of full, exit_0"),
     ],
 )
 def test_a_broken_or_tampered_policy_is_refused(text, words):
@@ -101,8 +103,8 @@ def test_a_policy_names_its_points():
     unmet = replace(POLICY.requirements[0], point=None, nearest=1.1)
     assert list(replace(POLICY, requirements=(unmet,)).named) == ["full", "default"]
     assert replace(POLICY, requirements=(unmet,)).unmet == (unmet,)
-    with pytest.raises(InputError, match="use one of full, other"):
-        replace(POLICY, points=(POINT, replace(POINT, name="other"))).point("none")
+    with pytest.raises(InputError, match="use one of full, exit_0"):
+        POLICY.point("none")
 
 
 def test_forcing_thresholds():

@@ -48,23 +48,7 @@ def test_every_exit_can_be_forced(exit):
     assert (outcome.exit == exit).all()
 
 
-def test_shares_count_who_pays_for_each_exit():
-    probabilities, scores = answers()
-    outcome = run_cascade(probabilities, scores, (0.9, 0.8, 0.7), (1, 1, 1))
-    shares = outcome.shares(3)
-    assert sum(shares) == pytest.approx(1)
-    assert shares[2] == pytest.approx((outcome.exit >= 2).mean())
-
-
 def test_votes_need_not_sum_to_one():
     probabilities, _ = answers()
     assert np.allclose(vote(probabilities, (3, 3, 4)), vote(probabilities, (0.3, 0.3, 0.4)))
     assert np.allclose(vote(probabilities, (3, 3, 4)).sum(-1), 1, atol=1e-6)
-
-
-def test_accuracy_is_the_share_answered_right():
-    probabilities, scores = answers(samples=4)
-    outcome = run_cascade(probabilities, scores, (-1, 2, 2), (1, 1, 1))
-    labels = probabilities[0].argmax(-1)
-    labels[0] = (labels[0] + 1) % 5
-    assert outcome.accuracy(labels) == 0.75

@@ -43,14 +43,14 @@ def test_no_grid_of_thresholds_is_better(samples):
 def test_each_budget_has_thresholds_of_its_own(samples):
     found = best_thresholds(samples, samples.gain(), COSTS, BUDGETS)
     costs = [samples.cost(each, COSTS) for each in found[1:]]
-    assert found[0] == (-1, -1, -1)
+    assert found[0] == (-1, 2, 2)
     for (smaller, budget), cost in zip(itertools.pairwise(BUDGETS), costs, strict=True):
         assert smaller - 1e-9 < cost <= budget + 1e-9
 
 
 def test_a_cap_is_never_passed(samples):
     found = best_thresholds(samples, samples.gain(), COSTS, [0.5, 0.6, 0.7], cap=1)
-    assert all(each is not None and each[1:] == (-1, -1) for each in found)
+    assert all(each is not None and each[1] == -1 for each in found)
     assert samples.exits(found[-1]).max() == 1
 
 
