@@ -30,11 +30,15 @@ Curve = dict[tuple[str, int], float]  # by metric and step
 def log_results(client: "MlflowClient", root: Path) -> None:
     """Log every stage whose record is in results/, and complete the parent of the last one.
 
-    Only the last stage's record has a headline. Errors: whatever MLflow raises.
+    Only the last stage's record has a headline. Errors: InputError when there is no record;
+    whatever MLflow raises.
     """
-    records = [_read_record(path) for path in RESULTS.glob("**/run.json")]
+    paths = RESULTS.glob("*/run.json")
+    records = [record for path in paths if (record := _read_record(path)) is not None]
+    if not records:
+        raise InputError(f"no stage left a record in {RESULTS}/; run one, or `dvc pull` them")
     children: dict[str, Run] = {}
-    for record in sorted(filter(None, records), key=lambda record: record.started):
+    for record in sorted(records, key=lambda record: record.started):
         children[record.stage] = log_stage(client, root, record)
         if record.headline:
             _complete_parent(client, root, record, children)

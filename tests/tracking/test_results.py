@@ -158,11 +158,12 @@ def test_a_run_deleted_in_the_ui_stays_deleted(repository, loaded, experiment):
     assert experiment.parents == []
 
 
-def test_a_damaged_record_is_named(repository, loaded, capsys):
+def test_a_record_that_is_missing_or_damaged_is_said(repository, loaded, capsys):
     run_stage("export", loaded)
     file = repository / "results" / "export" / "run.json"
     file.write_text(json.dumps({"run_id": "abc", "parent_run_id": "def"}))  # an earlier version's
-    assert main() == 0
+    assert main() == 1
+    assert "no stage left a record in results/; run one" in capsys.readouterr().err
     file.write_text("[1]")
     assert main() == 1
     assert "results/export/run.json is no record" in capsys.readouterr().err
