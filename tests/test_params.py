@@ -195,10 +195,10 @@ def test_requirements_have_names_for_metrics(content):
 def test_flatten_names_every_value_once(content):
     layout = [{"attach": "layer1.1", "kind": "linear"}, {"attach": "layer2.1", "kind": "attention"}]
     flat = flatten(params.parse(put(content, "branchynet.layout", layout)))
-    assert flat["kd.beta"] == content["kd"]["beta"]
+    assert flat["kd.beta"] == str(content["kd"]["beta"])
     assert flat["profile"] == "digits"
-    assert flat["student.width"] == 16
-    assert flat["augmentation.flip"] is False
+    assert flat["student.width"] == "16"
+    assert flat["augmentation.flip"] == "False"
     assert flat["branchynet.layout"] == "layer1.1:linear, layer2.1:attention"
 
 

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from toys import ROOT
 
 
@@ -18,6 +19,7 @@ def test_the_training_benchmark_ends_with_the_speedup():
     assert result["device"] in ("cpu", "cuda")
 
 
+@pytest.mark.slow  # spinning threads beside a busy process: minutes on two cores
 def test_a_step_is_timed_beside_a_busy_process():
     result = last_line(
         "benchmarks.training", "--neighbour", "--width", "4", "--batch", "16", "--rounds", "1"
