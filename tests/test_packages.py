@@ -81,7 +81,9 @@ def test_policy_and_device_run_without_torch():
 
 def test_nothing_reads_pickles():
     for module, path in MODULES.items():
-        text = re.sub(r"torch\.load\([^)]*weights_only=True\)", "", path.read_text())
+        text = path.read_text()
+        if module == "edgeke.networks.weights":  # a pip package has its weights as .pth alone
+            text = re.sub(r"torch\.load\([^)]*weights_only=True\)", "", text, count=1)
         for word in ("pickle", "torch.load", "joblib", "yaml.load", "allow_pickle=True"):
             assert word not in text, (module, word)
 
