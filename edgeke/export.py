@@ -16,7 +16,8 @@ from edgeke.device.scores import calibrated_probabilities
 from edgeke.errors import InputError
 from edgeke.files import write_files
 from edgeke.graph.parity import check_close
-from edgeke.graph.quantise import quantise, quantise_segments
+from edgeke.graph.quantise import has_depthwise, quantise_segments
+from edgeke.graph.refit import refit_heads
 from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static
 from edgeke.learning.checkpoints import Preprocessing
@@ -26,7 +27,7 @@ from edgeke.networks.cost import exit_costs
 from edgeke.params import Export
 
 Graphs = Sequence[onnx.ModelProto]
-Logits = dict[str, NDArray[np.float32]]  # [N, K] by exit or static network
+_REFIT_IMAGES = 5000
 
 
 def export(
@@ -34,6 +35,7 @@ def export(
     static: Mapping[str, tuple[BranchyNet, Preprocessing]],
     preprocessing: Preprocessing,
     train: Split,
+    validation: Split,
     settings: Export,
     models: Path,
 ) -> dict[str, float]:
@@ -41,23 +43,32 @@ def export(
 
     `static` holds single-exit networks by name, each with its own normalisation, `main` (the main
     exit alone) among them; costs are shares of its. Every exit and static network is compared with
-    PyTorch on training images, and int8 by its accuracy, where possible on other images than it
-    was quantised on; two standard errors beyond the tolerance are taken for chance. Returns the
-    metrics. Errors: InputError, with nothing written, when one is off by more than the tolerance.
+    PyTorch on training images. In int8 the last linear layer of every exit is fitted again on
+    training images, and depthwise convolutions stay in single precision where accuracy on
+    validation falls too much otherwise; two standard errors beyond the tolerance are taken for
+    chance. Returns the metrics. Errors: InputError, with nothing written, when anything is off by
+    more than its tolerance.
     """
     channels, _, size = preprocessing.image_shape
-    samples, compared = _split(train, settings)
     segments = export_segments(network, preprocessing.mean, preprocessing.std, size)
     graphs = {
         name: export_static(alone, own.mean, own.std, size) for name, (alone, own) in static.items()
     }
-    fp32 = _run(segments, graphs, compared)
-    metrics = _check_fp32(fp32, network, static, preprocessing, compared, settings)
-    images = channels_last(samples.images)
-    segments_int8 = quantise_segments(segments, images)
-    graphs_int8 = {name: quantise(graph, images) for name, graph in graphs.items()}
-    int8 = _run(segments_int8, graphs_int8, compared)
-    metrics |= _check_int8(fp32, int8, compared, settings)
+    metrics = _check_parity(segments, graphs, network, static, preprocessing, train, settings)
+    segments_int8, changes = _to_int8("exit_", segments, train, validation, settings)
+    metrics |= changes
+    graphs_int8: dict[str, onnx.ModelProto] = {}
+    same: dict[bytes, str] = {}  # some orders leave a branch, the main exit and `plain` equal
+    for name, graph in graphs.items():
+        twin = same.setdefault(graph.SerializeToString(), name)
+        if twin in graphs_int8:
+            graphs_int8[name] = graphs_int8[twin]
+            prefix = f"validation/{twin}/"
+            copied = {key: value for key, value in metrics.items() if key.startswith(prefix)}
+            metrics |= {key.replace(twin, name, 1): value for key, value in copied.items()}
+            continue
+        (graphs_int8[name],), changes = _to_int8(name, [graph], train, validation, settings)
+        metrics |= changes
 
     exits = exit_costs(network, size)
     costs = {f"exit_{exit}": cost for exit, cost in enumerate(exits)}
@@ -85,73 +96,89 @@ def export(
     return metrics
 
 
-def _split(train: Split, settings: Export) -> tuple[Split, Split]:
-    """Images that int8 is quantised on, and those that everything is compared on."""
-    samples, count = settings.quantisation_images, len(train.labels)
-    start = samples if count > samples else 0
-    end = start + settings.parity_images
-    return (
-        Split(train.images[:samples], train.labels[:samples]),
-        Split(train.images[start:end], train.labels[start:end]),
-    )
-
-
-def _check_fp32(
-    logits: Logits,
+def _check_parity(
+    segments: Graphs,
+    graphs: Mapping[str, onnx.ModelProto],
     network: BranchyNet,
     static: Mapping[str, tuple[BranchyNet, Preprocessing]],
     preprocessing: Preprocessing,
-    compared: Split,
+    train: Split,
     settings: Export,
 ) -> dict[str, float]:
     """Compare probabilities with PyTorch's."""
-    images = torch.from_numpy(compared.images)
+    images = train.images[: settings.parity_images]
+    for_torch, for_onnx = torch.from_numpy(images), channels_last(images)
 
     def logits_of(alone: BranchyNet, own: Preprocessing) -> NDArray[np.float32]:
         normalise = Normalise(own.mean, own.std, torch.device("cpu"))
-        answers: NDArray[np.float32] = predict(alone, images, normalise).numpy()
+        answers: NDArray[np.float32] = predict(alone, for_torch, normalise).numpy()
         return answers
 
-    exits = enumerate(logits_of(network, preprocessing))
-    references = {f"exit_{exit}": at_exit for exit, at_exit in exits}
-    references |= {name: logits_of(*own)[0] for name, own in static.items()}
-    metrics = {}
-    for name, reference in references.items():
-        difference = check_close(
+    pairs = {
+        f"exit_{exit}": pair
+        for exit, pair in enumerate(
+            zip(logits_of(network, preprocessing), _logits(segments, for_onnx), strict=True)
+        )
+    }
+    for name, graph in graphs.items():
+        pairs[name] = (logits_of(*static[name])[0], _logits([graph], for_onnx)[0])
+    return {
+        f"train/{name}/parity_difference": check_close(
             f"{name} in ONNX",
-            calibrated_probabilities(logits[name][None], [1.0]),
+            calibrated_probabilities(answers[None], [1.0]),
             calibrated_probabilities(reference[None], [1.0]),
             settings.parity_tolerance,
         )
-        metrics[f"train/{name}/parity_difference"] = difference
-    return metrics
+        for name, (reference, answers) in pairs.items()
+    }
 
 
-def _check_int8(fp32: Logits, int8: Logits, compared: Split, settings: Export) -> dict[str, float]:
-    """Compare accuracies."""
-    metrics = {}
-    for name in fp32:
-        fp32_correct = fp32[name].argmax(-1) == compared.labels
-        int8_correct = int8[name].argmax(-1) == compared.labels
-        before, after = float(fp32_correct.mean()), float(int8_correct.mean())
-        metrics[f"train/{name}/int8_accuracy_lost"] = before - after
-        # Many answers of an undertrained network change, both ways: that much is chance.
-        chance = 2 * float((fp32_correct != int8_correct).sum()) ** 0.5 / len(compared.labels)
-        if before - after > settings.int8_tolerance + chance:
-            raise InputError(
-                f"{name} answers {100 * after:.1f} % of {len(compared.labels)} training images "
-                f"right in int8 and {100 * before:.1f} % in fp32: it loses more than "
-                f"export.int8_tolerance = {settings.int8_tolerance:g} allows. Quantise on more "
-                "images (export.quantisation_images), train longer, or allow more"
-            )
-    return metrics
+def _to_int8(
+    name: str, exact: Graphs, train: Split, validation: Split, settings: Export
+) -> tuple[list[onnx.ModelProto], dict[str, float]]:
+    """Quantise the segments of one network; `name` is its own, or begins that of its exits.
+
+    Returns them, and each exit's accuracy on validation that int8 lost before and after its last
+    layer was fitted again.
+    """
+    samples = channels_last(train.images[: settings.quantisation_images])
+    known, shown = channels_last(train.images[:_REFIT_IMAGES]), channels_last(validation.images)
+    labels, reference = validation.labels, _logits(exact, shown)
+    refusal = ""
+    for depthwise in (True, False) if has_depthwise(exact) else (True,):
+        bits = settings.weight_bits
+        coarse = quantise_segments(exact, samples, depthwise=depthwise, weight_bits=bits)
+        refitted = refit_heads(coarse, exact, known)
+        before, after = _logits(coarse, shown), _logits(refitted, shown)
+        metrics: dict[str, float] = {}
+        refusal = ""
+        for exit, logits in enumerate(reference):
+            label = name if len(exact) == 1 else f"{name}{exit}"
+            lost = [_lost(logits, other[exit], labels) for other in (before, after)]
+            metrics[f"validation/{label}/int8_accuracy_lost"] = lost[1][0]
+            metrics[f"validation/{label}/int8_accuracy_lost_before_refit"] = lost[0][0]
+            metrics[f"validation/{label}/int8_depthwise"] = float(depthwise)
+            if lost[1][0] > settings.int8_tolerance + lost[1][1]:
+                refusal = refusal or (
+                    f"{label} answers {100 * lost[1][0]:.1f} % fewer of {len(labels)} validation "
+                    "images right in int8 than in fp32: more than export.int8_tolerance = "
+                    f"{settings.int8_tolerance:g} allows. Quantise on more images "
+                    "(export.quantisation_images), train longer, or allow more"
+                )
+        if not refusal:
+            return refitted, metrics
+    raise InputError(refusal)
 
 
-def _run(segments: Graphs, static: Mapping[str, onnx.ModelProto], compared: Split) -> Logits:
-    """What ONNX Runtime answers at every exit and with every static network."""
-    images = channels_last(compared.images)
-    exits = segment_logits([graph.SerializeToString() for graph in segments], images, threads=0)
-    logits = {f"exit_{exit}": at_exit for exit, at_exit in enumerate(exits)}
-    for name, graph in static.items():
-        logits[name] = segment_logits([graph.SerializeToString()], images, threads=0)[0]
-    return logits
+def _lost(
+    exact: NDArray[np.float32], coarse: NDArray[np.float32], labels: NDArray[np.int64]
+) -> tuple[float, float]:
+    """The accuracy lost, and two standard errors: many answers change both ways, by chance."""
+    before, after = exact.argmax(-1) == labels, coarse.argmax(-1) == labels
+    chance = 2 * float((before != after).sum()) ** 0.5 / len(labels)
+    return float(before.mean() - after.mean()), chance
+
+
+def _logits(segments: Graphs, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What ONNX Runtime answers at every exit, `[E, N, K]`, for images `[N, H, W, C]`."""
+    return segment_logits([graph.SerializeToString() for graph in segments], images, threads=0)

@@ -172,6 +172,7 @@ class Export:
     parity_tolerance: Part
     quantisation_images: Count
     int8_tolerance: Annotated[Number, Field(gt=0, le=1)]
+    weight_bits: Literal[7, 8]
 
 
 @dataclass(frozen=True, config=_CONFIG)

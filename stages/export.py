@@ -21,8 +21,9 @@ def run(params: Params, log: Run) -> dict[str, float]:
         static[name] = load_checkpoint(models / name, cpu)
     for exit in range(len(network.exits)):
         static[f"branch_{exit}"] = load_checkpoint(models / "branches" / str(exit), cpu)
-    train = load_dataset(Path("data/dataset.safetensors"), ("train",))["train"]
-    return export(network, static, preprocessing, train, params.export, models)
+    dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
+    train, validation = dataset["train"], dataset["validation"]
+    return export(network, static, preprocessing, train, validation, params.export, models)
 
 
 if __name__ == "__main__":

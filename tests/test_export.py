@@ -24,7 +24,11 @@ from edgeke.networks.layouts import single_exit
 from edgeke.params import Export
 
 SETTINGS = Export(
-    parity_images=50, parity_tolerance=1e-4, quantisation_images=40, int8_tolerance=0.2
+    parity_images=50,
+    parity_tolerance=1e-4,
+    quantisation_images=40,
+    int8_tolerance=0.2,
+    weight_bits=7,
 )
 
 
@@ -39,11 +43,11 @@ def static(network) -> dict[str, BranchyNet]:
     }  # fmt: skip
 
 
-def run(network, static, dataset, folder, settings=SETTINGS, train=None):
-    train = dataset["train"] if train is None else train
+def run(network, static, dataset, folder, settings=SETTINGS, validation=None):
+    validation = validation or dataset["validation"]
     own = Preprocessing.of(dataset)
     static = {name: (alone, own) for name, alone in static.items()}
-    return export(network, static, own, train, settings, folder)
+    return export(network, static, own, dataset["train"], validation, settings, folder)
 
 
 def test_everything_is_written_and_equal_to_pytorch(network, static, dataset, tmp_path: Path):
@@ -63,7 +67,8 @@ def test_everything_is_written_and_equal_to_pytorch(network, static, dataset, tm
     assert metrics["cost/branch_0/macs_share"] == exits[0] / manifest.main_macs
     for name in ("exit_0", "exit_1", "exit_2", *static):
         assert 0 <= metrics[f"train/{name}/parity_difference"] < 1e-4
-        assert metrics[f"train/{name}/int8_accuracy_lost"] <= 0.2
+        assert metrics[f"validation/{name}/int8_accuracy_lost"] <= 0.2
+        assert f"validation/{name}/int8_accuracy_lost_before_refit" in metrics
 
 
 def test_a_graph_that_is_off_fails_and_writes_nothing(
@@ -101,21 +106,41 @@ def test_a_full_disk_leaves_the_older_export(network, static, dataset, tmp_path,
 def test_int8_that_loses_more_than_chance_fails(
     network, static, dataset, tmp_path: Path, monkeypatch
 ):
-    def broken(model, inputs):
-        """A quantiser whose networks all answer class 0."""
-        changed = copy.deepcopy(model)
-        for tensor in changed.graph.initializer:
-            if list(tensor.dims) == [len(CLASSES)]:  # the bias of the logits
-                bias = np.array([100, 0, 0], np.float32)
-                tensor.CopyFrom(numpy_helper.from_array(bias, tensor.name))
+    def broken(models, exact, images):
+        """Heads that all answer class 0."""
+        changed = copy.deepcopy(models)
+        for model in changed:
+            for tensor in model.graph.initializer:
+                if list(tensor.dims) == [len(CLASSES)]:  # the bias of the logits
+                    bias = np.array([1e4, 0, 0], np.float32)
+                    tensor.CopyFrom(numpy_helper.from_array(bias, tensor.name))
         return changed
 
-    monkeypatch.setattr(module, "quantise", broken)
+    monkeypatch.setattr(module, "refit_heads", broken)
     normalise = Normalise(dataset.mean, dataset.std, torch.device("cpu"))
-    images = torch.from_numpy(dataset["train"].images)
+    images = torch.from_numpy(dataset["validation"].images)
     labels = predict(network, images, normalise)[-1].argmax(-1)
-    known = replace(dataset["train"], labels=np.asarray(labels))
+    known = replace(dataset["validation"], labels=np.asarray(labels))
     settings = replace(SETTINGS, int8_tolerance=0.01)
-    with pytest.raises(InputError, match=r"main answers .* export\.int8_tolerance = 0\.01 allows"):
+    with pytest.raises(
+        InputError, match=r"exit_\d answers .* export\.int8_tolerance = 0\.01 allows"
+    ):
         run(network, {"main": static["main"]}, dataset, tmp_path, settings, known)
     assert not list(tmp_path.iterdir())
+
+
+def test_equal_networks_are_converted_once(network, static, dataset, tmp_path: Path, monkeypatch):
+    calls = []
+    original = module.quantise_segments
+
+    def count(segments, *arguments, **options):
+        calls.append(len(segments))
+        return original(segments, *arguments, **options)
+
+    monkeypatch.setattr(module, "quantise_segments", count)
+    metrics = run(network, {"main": static["main"], "plain": static["main"]}, dataset, tmp_path)
+    assert calls == [3, 1]
+    key = "int8_accuracy_lost_before_refit"
+    assert metrics[f"validation/plain/{key}"] == metrics[f"validation/main/{key}"]
+    plain, main = (tmp_path / "static" / f"{name}.int8.onnx" for name in ("plain", "main"))
+    assert plain.read_bytes() == main.read_bytes()

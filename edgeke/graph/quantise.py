@@ -14,19 +14,26 @@ from numpy.typing import NDArray
 from edgeke.device.session import open_session
 from edgeke.graph.compose import IR_VERSION
 
-_BATCH = 50
+_BATCH = 16  # larger ones leave the processor's cache: twice as slow at 128x128
+_FEW_CHANNELS = 3  # of an image
 
 _Inputs = NDArray[np.uint8] | NDArray[np.float32]
 
 
-def quantise(model: onnx.ModelProto, inputs: _Inputs) -> onnx.ModelProto:
+def quantise(
+    model: onnx.ModelProto, inputs: _Inputs, *, depthwise: bool = True, weight_bits: int = 7
+) -> onnx.ModelProto:
     """The graph with int8 weights per channel and uint8 activations, as QDQ pairs.
 
-    Linear layers stay in single precision.
+    Convolutions and matrix products are in int8. In single precision stay: residual additions,
+    which cost accuracy and save nothing; a convolution of few channels (the first), which is faster
+    so; linear layers, since logits in int8 take 256 values and scores would tie; and, without
+    `depthwise`, depthwise convolutions (docs/results.md has what each costs).
 
     `inputs` `[N, ...]` are samples of its single input; the ranges of all activations come from
-    them, so they must be training images. Weights use 7 bits (`reduce_range`): without VNNI a CPU's
-    8-bit products overflow 16 bits. Only standard operators appear; runtimes fuse them on loading.
+    them, so they must be training images. Without VNNI a CPU's products of 8-bit weights overflow
+    16 bits, so 7 bits are used unless `weight_bits` is 8. Only standard operators appear; runtimes
+    fuse them on loading.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -46,10 +53,11 @@ def quantise(model: onnx.ModelProto, inputs: _Inputs) -> onnx.ModelProto:
                 _Reader(model.graph.input[0].name, inputs),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
-                reduce_range=True,
+                reduce_range=weight_bits == 7,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=_linear(onnx.load(prepared)),
+                op_types_to_quantize=["Conv", "MatMul", "Relu", "Clip", "MaxPool"],
+                nodes_to_exclude=_left_out(onnx.load(prepared), depthwise),
             )
         finally:
             root.setLevel(level)
@@ -64,13 +72,17 @@ def quantise(model: onnx.ModelProto, inputs: _Inputs) -> onnx.ModelProto:
 
 
 def quantise_segments(
-    segments: Sequence[onnx.ModelProto], images: NDArray[np.uint8]
+    segments: Sequence[onnx.ModelProto],
+    images: NDArray[np.uint8],
+    *,
+    depthwise: bool = True,
+    weight_bits: int = 7,
 ) -> list[onnx.ModelProto]:
     """Each segment, quantised on what those before it (fp32) make of `images` `[N, H, W, C]`."""
     features: _Inputs = images
     quantised = []
     for segment in segments:
-        quantised.append(quantise(segment, features))
+        quantised.append(quantise(segment, features, depthwise=depthwise, weight_bits=weight_bits))
         session = open_session(segment.SerializeToString(), 0)
         name = session.get_inputs()[0].name
         parts = [session.run(None, {name: part}) for part in _batches(features)]
@@ -79,9 +91,25 @@ def quantise_segments(
     return quantised
 
 
-def _linear(model: onnx.ModelProto) -> list[str]:
-    """The linear layers: in int8 an exit's logits would take 256 values and scores would tie."""
-    return [node.name for node in model.graph.node if node.op_type == "Gemm"]
+def has_depthwise(segments: Sequence[onnx.ModelProto]) -> bool:
+    """Whether there is a depthwise (or another grouped) convolution."""
+    return any(_groups(node) > 1 for segment in segments for node in segment.graph.node)
+
+
+def _left_out(model: onnx.ModelProto, depthwise: bool) -> list[str]:
+    """The convolutions that stay in single precision."""
+    shapes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    names = []
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[1] in shapes:
+            few = shapes[node.input[1]][1] <= _FEW_CHANNELS and _groups(node) == 1
+            if few or (not depthwise and _groups(node) > 1):
+                names.append(node.name)
+    return names
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == "group"), 1)
 
 
 class _Reader:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeke.graph.compose import IR_VERSION, OPSET
+from edgeke.graph.padding import fold_padding
 from edgeke.networks.branchynet import BranchyNet
 
 
@@ -62,6 +63,9 @@ def export_segments(
         if not last:
             with torch.no_grad():
                 inputs = segment(inputs)[1]
+            shape = models[-1].graph.output[1].type.tensor_type.shape
+            for dimension, side in zip(shape.dim[1:], inputs.shape[1:], strict=True):
+                dimension.dim_value = side
         start = end
     return models
 
@@ -93,5 +97,6 @@ def _export(
         )
     model = onnx.load_from_string(buffer.getvalue())
     model.ir_version = IR_VERSION
+    fold_padding(model, example.numpy())
     onnx.checker.check_model(model)
     return model
