@@ -44,7 +44,6 @@ class Features:
         device, batch_size = images.device, at_once(images.train, _BATCH)
         trunk = _Trunk(network)
         self._trunk = Frozen(trunk).to(device)
-        self._teacher = Frozen(teacher) if teacher else None
         self._columns: list[slice] = []
         self._shapes: list[torch.Size] = []
         with torch.no_grad():
@@ -54,8 +53,12 @@ class Features:
             self._columns.append(slice(start, start + features[0].numel()))
             self._shapes.append(features.shape[1:])
         self._width = self._columns[-1].stop
-        self.teacher = None
+        self.teacher = self._guide = None
+        # With the same trunk the teacher answers from the same features: one pass for both.
+        self._from_features = teacher is not None and _same_trunk(network, teacher)
         if teacher:
+            last = {len(parts) - 1: teacher.exits[-1]}
+            self._guide = Frozen(self.view(last) if self._from_features else teacher)
             answers = slice(self._width, self._width + images.classes)
             self._width += images.classes
             self.teacher = Answers(answers, teacher.class_vectors())
@@ -113,8 +116,9 @@ class Features:
             for batch in batches:
                 images = normalise(batch)
                 parts = [self._trunk(images)]
-                if self._teacher:
-                    parts.append(self._teacher(images)[-1])
+                if self._guide:
+                    features = parts[0][:, :, None, None]
+                    parts.append(self._guide(features if self._from_features else images)[-1])
                 rows[start : start + len(batch)] = torch.cat(parts, 1).cpu()
                 start += len(batch)
                 bar.update(len(batch))
@@ -177,6 +181,16 @@ class _Unchanged(Normalise):
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.to(self.mean.device)
+
+
+def _same_trunk(network: BranchyNet, teacher: BranchyNet) -> bool:
+    """Whether both compute the same features in front of the backbone's own classifier."""
+    if teacher.architecture.backbone != network.architecture.backbone:
+        return False
+    if teacher._forward_pre_hooks:  # it takes images normalised in another way
+        return False
+    own, other = network.backbone.state_dict(), teacher.backbone.state_dict()
+    return all(torch.equal(own[name], tensor) for name, tensor in other.items())
 
 
 def _is_random(settings: Augmentation) -> bool:
