@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train_on:
-        print(json.dumps(memory_of_training(options.train_on, steps=40, batch=32)))
+        print(json.dumps(memory_of_training(options.train_on, steps=24, batch=32)))
         return
     if options.memory:
         memory(options.images, options.side, [sys.executable, "-m", "benchmarks.training"])
