@@ -19,13 +19,6 @@ def test_the_training_benchmark_ends_with_the_speedup():
     assert result["device"] in ("cpu", "cuda")
 
 
-@pytest.mark.slow  # trains twice
-def test_images_of_the_dataset_file_take_no_memory_in_training():
-    result = last_line("benchmarks.training", "--memory", "--images", "4000", "--side", "128")
-    assert result["images_mib"] > 180
-    assert result["above_network_mib"] < 90
-
-
 @pytest.mark.slow  # spinning threads beside a busy process: minutes on two cores
 def test_a_step_is_timed_beside_a_busy_process():
     result = last_line(
