@@ -9,18 +9,24 @@ Then a step of every order's phases. Steps are interleaved in one process; peak 
 fresh process for each.
 
 `--neighbour` measures our step alone and beside a busy process of another session, with and without
-OMP_WAIT_POLICY=PASSIVE. `--profile` prints where the time of our step goes. The last line is JSON.
+OMP_WAIT_POLICY=PASSIVE. `--profile` prints where the time of our step goes. `--memory` trains on
+20,000 images of 224x224, which the dataset file holds and memory need not. The last line is JSON.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,14 +38,20 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
+from edgeke import params
 from edgeke.data.augment import Augment, Normalise
-from edgeke.learning.objectives import make_objective
+from edgeke.data.dataset import Dataset, Split, load_dataset, save_dataset
+from edgeke.learning.fit import fit
+from edgeke.learning.images import Images
+from edgeke.learning.objectives import CrossEntropy, make_objective
 from edgeke.learning.orders import ORDERS
 from edgeke.learning.phases import phase_network
+from edgeke.learning.predict import evaluate
+from edgeke.learning.resume import Stopped
 from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import single_exit, with_layout
-from edgeke.params import KD, Augmentation
+from edgeke.params import KD, Augmentation, Plan, Recipe
 
 CLASSES = 100
 KL = KD("kl", 0.1, 4.0, "teacher", False)
@@ -184,6 +196,104 @@ def peak_memory(step: Step, device: torch.device) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
+def memory_of_training(path: Path, steps: int, batch: int) -> dict[str, float]:
+    """Train on a dataset file on the CPU; returns the peaks of this process's memory in MiB.
+
+    Fine-tunes a tf_efficientnet_lite0, evaluates it on validation, and then reads and augments
+    every training image once, as an epoch does. `RssAnon` is what the process has allocated,
+    `RssFile` what it maps of files, the dataset among them: the system drops those pages where
+    memory is short. Both are sampled every 10 ms. `VmHWM` is the kernel's peak of their sum.
+    """
+    peaks: dict[str, float] = {}
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.01):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                name, value = line.split(":", 1)
+                if name in ("RssAnon", "RssFile", "VmHWM"):
+                    peaks[name] = max(peaks.get(name, 0), int(value.split()[0]) / 1024)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    labels, count = CrossEntropy(), itertools.count()
+
+    def objective(*inputs: object) -> dict[str, Tensor]:
+        if next(count) == steps:
+            raise Stopped
+        return labels(*inputs)
+
+    dataset, loaded = load_dataset(path, ("train", "validation")), params.load(Path("params.yaml"))
+    recipe = Recipe(epochs=steps, batch_size=batch, learning_rate=0.01, warmup=0.0)
+    plan = Plan(0, loaded.training, loaded.augmentation, loaded.optimisation, recipe)
+    images = Images.of(dataset, torch.device("cpu"))
+    torch.manual_seed(0)
+    backbone = Backbone("timm/tf_efficientnet_lite0", 3, CLASSES, dataset.image_shape[1])
+    network = BranchyNet(single_exit(backbone))
+    with contextlib.suppress(Stopped):
+        fit(network, objective, images, plan, description="training", on_epoch=lambda *_: None)
+    evaluate(network, images)
+    augment = Augment(plan.augmentation, CLASSES, images.normalise.mean)
+    generator = torch.Generator().manual_seed(0)
+    for chosen in torch.randperm(len(images.train), generator=generator).split(batch):
+        inputs, _ = augment(images.train[chosen], images.train_labels[chosen], generator)
+        images.normalise(inputs)
+    ended.set()
+    sampler.join()
+    return peaks
+
+
+def write_noise(folder: Path, sizes: dict[str, int], side: int) -> None:
+    """Dataset files of so many random images, by name; the last 200 are for validation."""
+    shape = (max(sizes.values()), 3, side, side)
+    random = np.random.default_rng(0)
+    noise = np.memmap(folder / "noise", np.uint8, "w+", shape=shape)
+    for start in range(0, len(noise), 100):
+        size = noise[start : start + 100].shape
+        noise[start : start + 100] = random.integers(0, 256, size, dtype=np.uint8)
+    labels = random.integers(0, CLASSES, len(noise))
+    names = tuple(map(str, range(CLASSES)))
+    for name, count in sizes.items():
+        half, end = (0.5,) * 3, count - 200
+        train = Split(noise[:end], labels[:end])
+        validation = Split(noise[end:count], labels[end:count])
+        splits = {"train": train, "validation": validation}
+        dataset = Dataset("noise", names, shape[1:], half, half, "noise", 0, "", splits)
+        save_dataset(dataset, folder / name)
+
+
+def memory(count: int, side: int, again: list[str]) -> None:
+    """Print the memory of training on `count` images, and on 264: what the network itself takes."""
+    needed = 2 * count * 3 * side**2 + 2**30
+    with tempfile.TemporaryDirectory(prefix="edgeke-") as folder:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            sys.exit(
+                f"error: {folder} has {free / 2**30:.1f} GiB free, and {needed / 2**30:.1f} are "
+                "needed for the images; free some, or point TMPDIR to another disk"
+            )
+        sizes = {"network alone": 264, f"{count} images": count}
+        write_noise(Path(folder), sizes, side)
+        peaks = {
+            name: json.loads(
+                subprocess.check_output([*again, "--train-on", f"{folder}/{name}"], text=True)
+            )
+            for name in sizes
+        }
+    print("| trained on | allocated, MiB | mapped from files, MiB | both, the kernel's peak, MiB |")
+    print("| --- | --- | --- | --- |")
+    for name, own in peaks.items():
+        print(f"| {name} | {own['RssAnon']:.0f} | {own['RssFile']:.0f} | {own['VmHWM']:.0f} |")
+    alone, trained = peaks.values()
+    result = {
+        "above_network_mib": round(trained["RssAnon"] - alone["RssAnon"]),
+        "above_network_with_mapped_mib": round(trained["VmHWM"] - alone["VmHWM"]),
+        "images_mib": round(count * 3 * side**2 / 2**20),
+        "peaks_mib": {n: {k: round(mib) for k, mib in own.items()} for n, own in peaks.items()},
+    }
+    print(json.dumps(result))
+
+
 def profile(step: Step, rounds: int) -> None:
     """Print the share of the CPU time of our step that each kind of operation takes."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -254,9 +364,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--neighbour", action="store_true", help="beside a busy process")
     parser.add_argument("--profile", action="store_true", help="where the time of our step goes")
-    parser.add_argument("--memory", choices=["ours", "published loop"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="of training on large images")
+    parser.add_argument("--images", type=int, default=20_000, help="of --memory")
+    parser.add_argument("--side", type=int, default=224, help="of --memory")
+    parser.add_argument("--peak", choices=["ours", "published loop"], help=argparse.SUPPRESS)
+    parser.add_argument("--train-on", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.train_on:
+        print(json.dumps(memory_of_training(options.train_on, steps=24, batch=32)))
+        return
+    if options.memory:
+        memory(options.images, options.side, [sys.executable, "-m", "benchmarks.training"])
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (2048, 32, 32, 3), dtype=np.uint8)
@@ -267,8 +387,8 @@ def main() -> None:
     again += ["--batch", str(options.batch)]
     if options.serve:
         serve(ours(*shared))
-    elif options.memory:
-        print(peak_memory(makers[options.memory](*shared), device))
+    elif options.peak:
+        print(peak_memory(makers[options.peak](*shared), device))
     elif options.profile:
         profile(ours(*shared), options.rounds)
     elif options.neighbour:
@@ -279,8 +399,8 @@ def main() -> None:
         medians = {name: round(float(np.median(values)), 3) for name, values in times.items()}
         print(json.dumps({"median_s": medians, "width": options.width, "batch": options.batch}))
     else:
-        memory = {
-            name: float(subprocess.check_output([*again, "--memory", name], text=True))
+        peaks = {
+            name: float(subprocess.check_output([*again, "--peak", name], text=True))
             for name in makers
         }
         steps = {name: make(*shared) for name, make in makers.items()}
@@ -289,14 +409,14 @@ def main() -> None:
         by_order = interleave(
             order_steps(options.width, options.batch, device), options.rounds, device
         )
-        report(times, by_order, memory, options.batch)
+        report(times, by_order, peaks, options.batch)
         ratios = np.array(times["published loop"]) / np.array(times["ours"])
         result = {
             "kd_step_speedup": round(float(np.median(ratios)), 3),
             "kd_step_speedup_of_minima": round(
                 min(times["published loop"]) / min(times["ours"]), 3
             ),
-            "peak_memory_mib": {name: round(mib) for name, mib in memory.items()},
+            "peak_memory_mib": {name: round(mib) for name, mib in peaks.items()},
             "device": device.type,
             "width": options.width,
             "batch": options.batch,

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from edgeke.data.dataset import Dataset, Split, channel_statistics
 from edgeke.data.sources import LabelledImages
 from edgeke.data.splits import copies, split_indices
+from edgeke.files import scratch_array
 from edgeke.params import Source
 
 
@@ -20,9 +21,9 @@ def download(
     Errors: InputError when the splits cannot be cut.
     """
     splits = split_indices(labelled, source, seed)
-    for_training = np.sort(np.concatenate([splits[n] for n in splits if n != "test"]))
-    mean, std = channel_statistics(labelled.images[for_training])
     channels, height, width = labelled.images.shape[1:]
+    images, parts = _in_order(labelled.images, splits)
+    mean, std = channel_statistics(images[: -len(splits["test"])])
     dataset = Dataset(
         name=name,
         classes=labelled.classes,
@@ -32,7 +33,7 @@ def download(
         source=source.source,
         seed=seed,
         sha256="",  # computed from the content when the file is written
-        splits={n: Split(labelled.images[i], labelled.labels[i]) for n, i in splits.items()},
+        splits={n: Split(parts[n], labelled.labels[i]) for n, i in splits.items()},
         bits=labelled.bits,
     )
     metrics: dict[str, float] = {f"{split}/images": len(i) for split, i in splits.items()}
@@ -45,6 +46,18 @@ def download(
             for label, count in zip(labelled.classes, counts, strict=True)
         }
     return dataset, metrics, [*labelled.notes, *notes]
+
+
+def _in_order(
+    images: NDArray[np.uint8], splits: Mapping[str, NDArray[np.int64]]
+) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.uint8]]]:
+    """All images split after split, mapped from a temporary file, and each split's part."""
+    indices = np.concatenate(list(splits.values()))
+    ordered = scratch_array((len(indices), *images.shape[1:]), np.uint8)
+    for place, index in enumerate(indices):
+        ordered[place] = images[index]
+    ends = np.cumsum([len(split) for split in splits.values()])[:-1]
+    return ordered, dict(zip(splits, np.split(ordered, ends), strict=True))
 
 
 def _copies(

@@ -1,17 +1,24 @@
-"""Files written whole or not at all, and read with errors that name them."""
+"""Files written whole or not at all, read with errors that name them, and scratch space."""
 
 import contextlib
 import csv
 import errno
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
 from edgeke.errors import InputError
+
+# Where arrays that need not fit in memory are.
+SCRATCH = Path(".edgeke")
 
 
 @contextlib.contextmanager
@@ -79,6 +86,19 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, buffer.getvalue())
+
+
+def scratch_array(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Zeros, mapped from a file without a name below `.edgeke`.
+
+    The system writes it to the disk where memory is short, and removes it with the process. Errors:
+    OSError when the disk has no space for it: a map that finds none later kills the process.
+    """
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=SCRATCH) as file:  # the map keeps it open
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
+        return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
 
 
 def read_json(path: Path) -> Any:

@@ -154,6 +154,6 @@ def train_branchynet(
 def exit_metrics(network: BranchyNet, plain: BranchyNet, dataset: Dataset) -> dict[str, float]:
     """Validation cross-entropy and accuracy of every exit, and of the plain baseline."""
     images = Images.of(dataset, local_device())
-    device, names = images.train.device, tuple(f"exit_{exit}" for exit in range(len(network.exits)))
+    device, names = images.device, tuple(f"exit_{exit}" for exit in range(len(network.exits)))
     exits = evaluate(network.to(device), images, names)
     return exits | evaluate(plain.to(device), images, ("plain",))

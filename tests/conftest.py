@@ -73,7 +73,8 @@ def plan() -> Plan:
 
 
 @pytest.fixture(autouse=True)
-def _checkpoints_go_to_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_files_go_to_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeke.files.SCRATCH", tmp_path / ".edgeke")
     monkeypatch.setattr("edgeke.learning.resume.FOLDER", tmp_path / "checkpoints")
 
 

@@ -16,14 +16,17 @@ from edgeke.params import Augmentation
 
 
 class Normalise:
-    """Images `[N, C, H, W]` in 0..255 to float32, zero mean and unit deviation per channel."""
+    """Images `[N, C, H, W]` in 0..255 to float32, zero mean and unit deviation per channel.
+
+    From wherever they are to the device.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255
         self.std = torch.tensor(std, device=device).view(1, -1, 1, 1) * 255
 
     def __call__(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
+        return (images.to(self.mean.device) - self.mean) / self.std
 
 
 class Augment:

@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from edgeke.device.decode import BITS
 from edgeke.errors import InputError
-from edgeke.files import write_bytes
+from edgeke.files import replacing
+
+# What safetensors calls the types of images and labels.
+_NAMES = {np.dtype(np.uint8): "U8", np.dtype(np.int64): "I64"}
+
+# So many images are counted at once: NumPy makes int64 of their pixels.
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 `[N, C, H, W]` and labels int64 `[N]`."""
+    """Images uint8 `[N, C, H, W]`, which may be mapped from a file, and labels int64 `[N]`."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -62,9 +67,13 @@ def channel_statistics(
     that is constant, since it cannot be normalised.
     """
     levels = np.arange(256) / 255
+    histograms = np.zeros((images.shape[1], 256), np.int64)
+    for start in range(0, len(images), _BLOCK):
+        for channel, histogram in enumerate(histograms):
+            values = images[start : start + _BLOCK, channel].ravel()
+            histogram += np.bincount(values, minlength=256)
     means, stds = [], []
-    for channel in range(images.shape[1]):
-        counts = np.bincount(images[:, channel].ravel(), minlength=256)
+    for channel, counts in enumerate(histograms):
         if np.count_nonzero(counts) == 1:
             raise InputError(f"channel {channel} has the same value in every image; check the data")
         means.append(float(counts @ levels / counts.sum()))
@@ -73,33 +82,62 @@ def channel_statistics(
 
 
 def save_dataset(dataset: Dataset, path: Path) -> None:
-    """Write the dataset atomically; the same dataset gives the same bytes."""
+    """Write the dataset atomically, as a stream; the same dataset gives the same bytes.
+
+    They are those that the package safetensors would write, but it needs all tensors in memory.
+    """
     tensors: dict[str, NDArray[Any]] = {}
     for name, split in dataset.splits.items():
         tensors[f"{name}.images"] = np.ascontiguousarray(split.images)
         tensors[f"{name}.labels"] = np.ascontiguousarray(split.labels)
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].tobytes())
+        digest.update(name.encode())
+        digest.update(tensors[name].data)
     described = {f.name: getattr(dataset, f.name) for f in fields(dataset) if f.name != "splits"}
     described["sha256"] = digest.hexdigest()
     # One metadata key: safetensors keeps several in no fixed order, and DVC compares bytes.
-    write_bytes(path, save(tensors, {"dataset": json.dumps(described)}))
+    header: dict[str, Any] = {"__metadata__": {"dataset": json.dumps(described)}}
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": _NAMES[tensors[name].dtype],
+            "shape": tensors[name].shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(tensors[name].data)
 
 
 def load_dataset(path: Path, splits: Sequence[str]) -> Dataset:
-    """Read only the named splits.
+    """Read only the named splits: labels into memory, images as a read-only map of the file.
 
     A stage names what it may look at, so `calibration` and `test` stay out of training. Errors:
     InputError when the file is missing, truncated or not a dataset.
     """
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(path, framework="np") as file:  # checks the header and the length
             described = json.loads((file.metadata() or {})["dataset"])
-            read = {
-                name: Split(file.get_tensor(f"{name}.images"), file.get_tensor(f"{name}.labels"))
-                for name in splits
-            }
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+
+        def mapped(name: str, dtype: type) -> NDArray[Any]:
+            offset, shape = 8 + length + header[name]["data_offsets"][0], header[name]["shape"]
+            return np.asarray(np.memmap(path, dtype, "r", offset, tuple(shape)))
+
+        read = {
+            name: Split(
+                mapped(f"{name}.images", np.uint8), mapped(f"{name}.labels", np.int64).copy()
+            )
+            for name in splits
+        }
         described |= {k: tuple(value) for k, value in described.items() if type(value) is list}
         return Dataset(**described, splits=read)
     except FileNotFoundError:

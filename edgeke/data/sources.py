@@ -1,7 +1,9 @@
 """Where labelled images come from: scikit-learn's digits, CIFAR through torchvision, a folder."""
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from edgeke.device.decode import BITS, fit_picture, open_picture
 from edgeke.errors import InputError
+from edgeke.files import scratch_array
 from edgeke.params import Source
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
@@ -21,6 +24,7 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 class LabelledImages:
     """Images uint8 `[N, C, H, W]`, labels int64 `[N]` and the names of the classes.
 
+    Images may be mapped from a temporary file.
     The first `train` images may be split further; the others are the source's own test split
     (none when `train` equals N). `names` of the images, where they have any, are their files.
     `bits`: significant bits of 16-bit pictures. `notes` are sentences for the user.
@@ -82,8 +86,12 @@ def _cifar(source: Source, path: Path, bits: int) -> LabelledImages:
     pixels = np.concatenate([part.data for part in parts])
     images = pixels.transpose(0, 3, 1, 2)
     if source.image_size != images.shape[-1] or source.channels != images.shape[1]:
-        images = np.stack(
-            [_fit(Image.fromarray(image), source, bits, source.source) for image in tqdm(pixels)]
+        name = source.source
+        images = _read_all(
+            len(pixels),
+            source,
+            lambda number: _fit(Image.fromarray(pixels[number]), source, bits, name),
+            f"scale {name}",
         )
     labels = np.concatenate([np.asarray(part.targets, np.int64) for part in parts])
     return LabelledImages(
@@ -131,17 +139,42 @@ def _image_folder(source: Source, path: Path, bits: int) -> LabelledImages:
             files += pictures
             labels += [label] * len(pictures)
         train = train or len(files)
-    images, highest = [], 0
-    for file in tqdm(files, desc=f"read {path}", unit="image", mininterval=1):
-        picture = open_picture(file, source.channels)
+    highest = [0]  # values of 16-bit pictures
+
+    def read(number: int) -> NDArray[np.uint8]:
+        picture = open_picture(files[number], source.channels)
         if picture.mode == "I;16":
-            highest = max(highest, int(np.asarray(picture).max()))
-        images.append(_fit(picture, source, bits, str(file)))
-    notes = (*_about_left_out(path, left_out), *_about_bits(highest, bits))
+            highest.append(int(np.asarray(picture).max()))
+        return _fit(picture, source, bits, str(files[number]))
+
+    images = _read_all(len(files), source, read, f"read {path}")
+    notes = (*_about_left_out(path, left_out), *_about_bits(max(highest), bits))
     names = tuple(map(str, files))
-    return LabelledImages(
-        np.stack(images), np.asarray(labels, np.int64), classes, train, names, bits, notes
-    )
+    return LabelledImages(images, np.asarray(labels, np.int64), classes, train, names, bits, notes)
+
+
+def _read_all(
+    count: int, source: Source, read: Callable[[int], NDArray[np.uint8]], description: str
+) -> NDArray[np.uint8]:
+    """Images number 0 to `count` - 1, mapped from a temporary file.
+
+    Read by a thread per core: Pillow decodes and scales without Python's lock. Of several images
+    that cannot be read, the first one's error is raised.
+    """
+    side = source.image_size
+    images: NDArray[np.uint8] = scratch_array((count, source.channels, side, side), np.uint8)
+
+    def put(number: int) -> None:
+        images[number] = read(number)
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        done = pool.map(put, range(count))
+        for _ in tqdm(done, desc=description, total=count, unit="image", mininterval=1):
+            pass
+    finally:  # also after Ctrl-C: only what has begun is finished
+        pool.shutdown(cancel_futures=True)
+    return images
 
 
 def _visible(folder: Path) -> list[Path]:

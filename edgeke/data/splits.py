@@ -65,7 +65,7 @@ def copies(images: NDArray[np.uint8]) -> list[list[int]]:
     """Groups of the indices of images with the same pixels, two or more each."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, image in enumerate(images):
-        groups[hashlib.sha256(image.tobytes()).digest()].append(index)
+        groups[hashlib.sha256(np.ascontiguousarray(image).data).digest()].append(index)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -1,4 +1,4 @@
-"""The training loop: data resident on the device, one synchronisation an epoch, resumable."""
+"""The training loop: images on the device where they fit, one wait an epoch, resumable."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def fit(
     CPU the result is bit-identical to an uninterrupted run. Errors: InputError when the batch
     exceeds the split or the loss diverges; Stopped on SIGTERM.
     """
-    recipe, count, device = plan.recipe, len(images.train), images.train.device
+    recipe, count, device = plan.recipe, len(images.train), images.device
     if recipe.batch_size > count:
         raise InputError(
             f"batch_size = {recipe.batch_size} exceeds the {count} training images; lower it in "
@@ -135,16 +135,21 @@ class _Training:
         self.forward: Any = torch.compile(together) if plan.training.compile else together
 
     def train_step(self) -> None:
-        """One batch: augment, forward, backward, update. Nothing here waits for the device."""
-        batch, device = self.plan.recipe.batch_size, self.images.train.device
+        """One batch: augment, forward, backward, update.
+
+        Nothing here waits for the device, unless images have to be brought there.
+        """
+        batch, images, device = self.plan.recipe.batch_size, self.images, self.images.device
         if self.step == 0:
-            self.order = torch.randperm(len(self.images.train), generator=self.generator).to(device)
+            order = torch.randperm(len(images.train), generator=self.generator)
+            self.order = order.to(images.train.device)
             self.sums = torch.zeros(1 + len(self.names or ("",)), device=device)
         chosen = self.order[self.step * batch :][:batch]
-        labels = self.images.train_labels[chosen]
+        inputs = images.train[chosen].to(device)
+        labels = images.train_labels[chosen.to(device)]
         # Augmented as one global batch and then shared: any number of processes sees the same.
-        inputs, targets = self.augment(self.images.train[chosen], labels, self.generator)
-        inputs = self.images.normalise(parallel.share(inputs))
+        inputs, targets = self.augment(inputs, labels, self.generator)
+        inputs = images.normalise(parallel.share(inputs))
         targets, labels = parallel.share(targets), parallel.share(labels)
         mixed_precision = self.plan.training.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
@@ -221,8 +226,8 @@ class _Training:
         if self.average is not None:
             self.average.load_state_dict(part("average.", tensors))
         self.generator.set_state(tensors["generator"])
-        device = self.images.train.device
-        self.order, self.sums = tensors["order"].to(device), tensors["sums"].to(device)
+        self.order = tensors["order"].to(self.images.train.device)
+        self.sums = tensors["sums"].to(self.images.device)
         self.epoch, self.step, self.history = progress.epoch, progress.step, progress.history
         return True
 

@@ -5,10 +5,7 @@ The fit loop, objectives and checkpoints are the same as for images. A row takes
 """
 
 import dataclasses
-import math
-import tempfile
 from collections.abc import Iterator, Mapping
-from typing import IO
 
 import numpy as np
 import torch
@@ -16,9 +13,9 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from edgeke.data.augment import Augment, Normalise
-from edgeke.learning import resume
+from edgeke.files import scratch_array
 from edgeke.learning.frozen import Frozen
-from edgeke.learning.images import Images
+from edgeke.learning.images import Images, at_once, resident
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.params import Augmentation, Plan
 
@@ -44,10 +41,9 @@ class Features:
     def __init__(
         self, network: BranchyNet, images: Images, plan: Plan, teacher: BranchyNet | None
     ) -> None:
-        device = images.train.device
+        device, batch_size = images.device, at_once(images.train, _BATCH)
         trunk = _Trunk(network)
         self._trunk = Frozen(trunk).to(device)
-        self._teacher = Frozen(teacher) if teacher else None
         self._columns: list[slice] = []
         self._shapes: list[torch.Size] = []
         with torch.no_grad():
@@ -57,8 +53,12 @@ class Features:
             self._columns.append(slice(start, start + features[0].numel()))
             self._shapes.append(features.shape[1:])
         self._width = self._columns[-1].stop
-        self.teacher = None
+        self.teacher = self._guide = None
+        # With the same trunk the teacher answers from the same features: one pass for both.
+        self._from_features = teacher is not None and _same_trunk(network, teacher)
         if teacher:
+            last = {len(parts) - 1: teacher.exits[-1]}
+            self._guide = Frozen(self.view(last) if self._from_features else teacher)
             answers = slice(self._width, self._width + images.classes)
             self._width += images.classes
             self.teacher = Answers(answers, teacher.class_vectors())
@@ -70,24 +70,23 @@ class Features:
 
         def augmented() -> Iterator[Tensor]:
             for _ in range(copies):
-                every_label = torch.split(images.train_labels, _BATCH)
-                for batch, labels in zip(
-                    torch.split(images.train, _BATCH), every_label, strict=True
-                ):
-                    yield augment(batch, labels, generator)[0]
+                every_label = torch.split(images.train_labels, batch_size)
+                every_batch = torch.split(images.train, batch_size)
+                for batch, labels in zip(every_batch, every_label, strict=True):
+                    yield augment(batch.to(device), labels, generator)[0]
 
         self.images = Images(
             self._rows(augmented(), copies * len(images.train), images.normalise, device),
             images.train_labels.repeat(copies),
             self._rows(
-                iter(torch.split(images.validation, _BATCH)),
+                iter(torch.split(images.validation, batch_size)),
                 len(images.validation),
                 images.normalise,
                 device,
             ),
             images.validation_labels,
             images.classes,
-            _Unchanged(),
+            _Unchanged(device),
         )
         nothing = Augmentation(
             crop_padding=0,
@@ -111,20 +110,19 @@ class Features:
     def _rows(
         self, batches: Iterator[Tensor], count: int, normalise: Normalise, device: torch.device
     ) -> Tensor:
-        with _file() as file:  # the map keeps it open
-            shape = (count, self._width)
-            rows = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+        rows = torch.from_numpy(scratch_array((count, self._width), np.float32))
         start = 0
-        for batch in tqdm(
-            batches, desc="features", total=math.ceil(count / _BATCH), unit="batch", mininterval=1
-        ):
-            images = normalise(batch)
-            parts = [self._trunk(images)]
-            if self._teacher:
-                parts.append(self._teacher(images)[-1])
-            rows[start : start + len(batch)] = torch.cat(parts, 1).cpu()
-            start += len(batch)
-        return rows[:, :, None, None].to(device)
+        with tqdm(desc="features", total=count, unit="image", mininterval=1) as bar:
+            for batch in batches:
+                images = normalise(batch)
+                parts = [self._trunk(images)]
+                if self._guide:
+                    features = parts[0][:, :, None, None]
+                    parts.append(self._guide(features if self._from_features else images)[-1])
+                rows[start : start + len(batch)] = torch.cat(parts, 1).cpu()
+                start += len(batch)
+                bar.update(len(batch))
+        return resident(rows[:, :, None, None], device)
 
 
 class Answers(nn.Module):
@@ -178,17 +176,21 @@ class _Heads(nn.Module):
 class _Unchanged(Normalise):
     """Rows are normalised already."""
 
-    def __init__(self) -> None:
-        self.mean = self.std = torch.zeros(1)
+    def __init__(self, device: torch.device) -> None:
+        self.mean = self.std = torch.zeros(1, device=device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images
+        return images.to(self.mean.device)
 
 
-def _file() -> IO[bytes]:
-    folder = resume.FOLDER.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryFile(dir=folder)
+def _same_trunk(network: BranchyNet, teacher: BranchyNet) -> bool:
+    """Whether both compute the same features in front of the backbone's own classifier."""
+    if teacher.architecture.backbone != network.architecture.backbone:
+        return False
+    if teacher._forward_pre_hooks:  # it takes images normalised in another way
+        return False
+    own, other = network.backbone.state_dict(), teacher.backbone.state_dict()
+    return all(torch.equal(own[name], tensor) for name, tensor in other.items())
 
 
 def _is_random(settings: Augmentation) -> bool:

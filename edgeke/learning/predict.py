@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeke.data.augment import Normalise
-from edgeke.learning.images import Images
+from edgeke.learning.images import Images, at_once
 
 _BATCH = 500
 
@@ -15,7 +15,8 @@ def predict(network: nn.Module, images: Tensor, normalise: Normalise) -> Tensor:
     """Logits `[E, N, K]` of uint8 images `[N, C, H, W]`, in evaluation mode."""
     training = network.training
     network.eval()
-    parts = [network(normalise(batch)) for batch in torch.split(images, _BATCH)]
+    batches = torch.split(images, at_once(images, _BATCH))
+    parts = [network(normalise(batch)) for batch in batches]
     network.train(training)
     return torch.cat(parts, dim=1)
 

@@ -1,9 +1,12 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
 
-from edgeke.data.dataset import Dataset, channel_statistics, load_dataset, save_dataset
+from edgeke.data.dataset import Dataset, channel_statistics, load_dataset
 from edgeke.errors import InputError
 
 
@@ -16,10 +19,19 @@ def test_round_trip_reads_only_what_is_named(dataset: Dataset, dataset_file: Pat
     assert len(read.sha256) == 64
 
 
-def test_the_same_dataset_gives_the_same_bytes(dataset: Dataset, tmp_path: Path):
-    for name in ("a", "b"):
-        save_dataset(dataset, tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+def test_the_file_is_what_safetensors_writes(dataset_file: Path):
+    with safe_open(dataset_file, framework="np") as file:
+        metadata = file.metadata()
+    assert dataset_file.read_bytes() == save(load_file(dataset_file), metadata)
+
+
+def test_images_stay_in_the_file_until_they_are_used(dataset_file: Path):
+    images = load_dataset(dataset_file, ("validation",))["validation"].images
+    assert not images.flags.writeable
+    with dataset_file.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([images[-1, -1, -1, -1] ^ 255]))
+    assert images[-1, -1, -1, -1] == dataset_file.read_bytes()[-1]
 
 
 def test_statistics_are_those_of_a_direct_computation():

@@ -1,4 +1,7 @@
+import os
 import re
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +11,7 @@ from PIL import Image
 from toys import replace
 
 from edgeke.data.sources import read_source
+from edgeke.device.decode import open_picture
 from edgeke.errors import InputError
 from edgeke.params import Source
 
@@ -116,6 +120,31 @@ def test_a_corrupt_image_is_named(folder: Path):
     (folder / "nut" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(InputError, match=r"nut/bad\.png cannot be read as an image"):
         read_source(FOLDER, folder)
+
+
+def test_of_many_corrupt_images_the_first_is_named(folder: Path):
+    for number in range(20):
+        (folder / "bolt" / f"bad{number:02}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(InputError, match=r"bolt/bad00\.png cannot be read as an image"):
+        read_source(FOLDER, folder)
+
+
+def test_ctrl_c_stops_reading(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    for number in range(300):
+        paint(folder / "nut" / f"{number}.png", 1)
+    opened = []
+
+    def slow(file: Path, channels: int) -> Image.Image:
+        opened.append(file)
+        if len(opened) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        return open_picture(file, channels)
+
+    monkeypatch.setattr("edgeke.data.sources.open_picture", slow)
+    with pytest.raises(KeyboardInterrupt):
+        read_source(FOLDER, folder)
+    assert len(opened) < 100
 
 
 def test_missing_empty_and_lonely_classes(folder: Path, tmp_path: Path):

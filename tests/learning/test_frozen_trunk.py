@@ -13,6 +13,7 @@ from edgeke.learning.images import Images
 from edgeke.learning.objectives import make_objective
 from edgeke.learning.orders import ORDERS
 from edgeke.learning.phases import OneExit
+from edgeke.learning.predict import predict
 from edgeke.learning.resume import fingerprint
 from edgeke.networks.architecture import Backbone, ExitSpec
 from edgeke.networks.branchynet import BranchyNet
@@ -89,6 +90,22 @@ def test_heads_learn_the_same_from_features_as_from_images(student, weights, dat
             network.exits[exit].parameters(), slow.exits[exit].parameters(), strict=True
         ):
             torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+def test_a_trunk_that_is_the_teachers_too_runs_once(student, weights, dataset, plan):
+    images = Images.of(dataset, torch.device("cpu"))
+    network, calls = BranchyNet(student, weights), []
+    teacher = BranchyNet(student.branch(3), weights).eval()
+    torch.nn.init.normal_(teacher.exits[0].head.get_parameter("fc.weight"))
+    teacher.register_forward_hook(lambda *_: calls.append("teacher"))
+    for runs in (0, 3):  # of the teacher: on two copies of the training images, on validation
+        features = Features(network, images, plan, teacher)
+        assert len(calls) == runs
+        answers = features.teacher(features.images.validation)
+        slow = predict(teacher, images.validation, images.normalise)
+        torch.testing.assert_close(answers, slow)
+        next(teacher.backbone.parameters()).data[0] += 0.1
+        calls.clear()
 
 
 @pytest.mark.parametrize("order", ["asynchronous", "synchronous"])
