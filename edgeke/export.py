@@ -107,7 +107,7 @@ def _check_parity(
 ) -> dict[str, float]:
     """Compare probabilities with PyTorch's."""
     images = train.images[: settings.parity_images]
-    for_torch, for_onnx = torch.from_numpy(images), channels_last(images)
+    for_torch, for_onnx = torch.tensor(images), channels_last(images)
 
     def logits_of(alone: BranchyNet, own: Preprocessing) -> NDArray[np.float32]:
         normalise = Normalise(own.mean, own.std, torch.device("cpu"))

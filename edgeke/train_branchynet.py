@@ -1,6 +1,7 @@
 """Stage `train_branchynet`: all exits of one network, trained in a certain order."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -40,9 +41,11 @@ def train_branchynet(
 ) -> tuple[Trained, BranchyNet]:
     """Train a BranchyNet from distilled branches; returns it, and its plain baseline.
 
-    `start` says where the trunk starts, and whether it is frozen: then all exits that the order
-    trains learn in one pass over their features, after the first of `plans`, none moved by another.
-    `branches` maps numbers to networks: those that the order starts from, and the main one.
+    `start` says where the trunk starts, and whether it is frozen. Then the branches are exits of
+    one trunk already, and nothing is trained again unless the main exit supervises. Exits whose
+    trunk does not change, and that have no layers before their heads, learn on features that are
+    computed once. `branches` maps numbers to networks: those that the order starts from and the
+    main one, or all where the trunk is frozen.
     `plans` has one plan for each phase; what later phases do not train again stays unchanged.
     Where exits learn together, their losses have the weights `weights` `[E]`, and with `detach`
     the early exits do not move the trunk. The history has one row an epoch, its keys named by exit.
@@ -56,6 +59,9 @@ def train_branchynet(
     images = Images.of(dataset, device)
     teacher = teacher.to(device) if teacher else None
     main = len(student.exits) - 1
+    by_teacher = kd.source == "teacher" or kd.distance == "none"
+    if start.trunk == "frozen" and by_teacher:
+        order = replace(order, starts=tuple(range(main + 1)), phases=())
     weights_at_start = None if order.starts else start_weights(start, student.backbone, seed)
     torch.manual_seed(seed)
     network = BranchyNet(student, weights_at_start)
@@ -111,7 +117,7 @@ def train_branchynet(
             trunk=root.backbone if start.weights is not None else None,
         )
 
-    if start.trunk == "frozen" and order.phases:
+    if order.phases and (start.trunk == "frozen" or _only_heads(network, order, plans)):
         learn = sorted({exit for phase in order.phases for exit in phase.exits})
         features = Features(network, images, plans[0], teacher)
         joint = main in learn
@@ -127,7 +133,8 @@ def train_branchynet(
         view = features.view({exit: network.exits[exit] for exit in learn})
         train(0, network, view, objective, tuple(f"exit_{exit}" for exit in learn), features)
         history = [rows[epoch] for epoch in sorted(rows)]
-        return Trained(network.eval(), history, tuple(resumes)), network.branch(main)
+        plain = network.branch(main) if main in learn else plain
+        return Trained(network.eval(), history, tuple(resumes)), plain.eval()
     for number, phase in enumerate(order.phases):
         joint = len(phase.exits) > 1
         smoothing = plans[number].optimisation.label_smoothing
@@ -149,6 +156,16 @@ def train_branchynet(
             train(number, plain, plain, alone, ("plain",))
     history = [rows[epoch] for epoch in sorted(rows)]
     return Trained(network.eval(), history, tuple(resumes)), plain.eval()
+
+
+def _only_heads(network: BranchyNet, order: Order, plans: Sequence[Plan]) -> bool:
+    """Whether every phase trains a head on a trunk that no phase changes, all after one plan."""
+    return all(plan == plans[0] for plan in plans) and all(
+        phase.frozen == network.attached[exit]
+        and not list(network.get_submodule(f"exits.{exit}.body").children())
+        for phase in order.phases
+        for exit in phase.exits
+    )
 
 
 def exit_metrics(network: BranchyNet, plain: BranchyNet, dataset: Dataset) -> dict[str, float]:

@@ -33,7 +33,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
     plans = [params.plan(phase) for phase in recipe.phases(len(order.phases))]
     branches = {
         branch: load_checkpoint(Path(f"models/branches/{branch}"), cpu, preprocessing)[0]
-        for branch in {*order.starts, exits - 1}
+        for branch in (range(exits) if start.trunk == "frozen" else {*order.starts, exits - 1})
     }
     teacher = None
     if kd.distance != "none":

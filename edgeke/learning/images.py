@@ -10,7 +10,7 @@ from edgeke.data.augment import Normalise
 from edgeke.data.dataset import Dataset
 
 # Of images in one batch without gradients: 55 of 224x224 in colour.
-_VALUES = 2**23
+_PIXELS = 16 * 128 * 128
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
 def at_once(images: Tensor, most: int) -> int:
     """How many images to compute at once without gradients: `most`, fewer where they are large.
 
-    Activations of networks are several times as large as their images.
+    Otherwise a CPU's cache is too small for a layer's features: at 128x128, 16 images at once are
+    twice as fast as 100. On an accelerator memory would not do.
     """
-    return max(1, min(most, _VALUES // images[0].numel()))
+    pixels = _PIXELS if images.device.type == "cpu" else 16 * _PIXELS
+    return max(1, min(most, pixels // (images.shape[-2] * images.shape[-1])))

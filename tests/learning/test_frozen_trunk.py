@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import save_file
-from toys import randomise, with_recipe
+from toys import SIZE, randomise, with_recipe
 
 from edgeke.data.augment import Augment
 from edgeke.distill import distill
@@ -108,12 +108,15 @@ def test_a_trunk_that_is_the_teachers_too_runs_once(student, weights, dataset, p
         calls.clear()
 
 
+@pytest.mark.parametrize("source", ["teacher", "main"])
 @pytest.mark.parametrize("order", ["asynchronous", "synchronous"])
 def test_a_frozen_trunk_is_what_it_was_and_the_exits_have_learnt(
-    student, start, weights, dataset, plan, order
+    student, start, weights, dataset, plan, order, source
 ):
-    kd, plan = KD("none", 0.0, 4.0, "teacher", False), with_recipe(plan, epochs=3)
-    trained = distill(dataset, student, None, kd, plan, start=start, on_epoch=lambda *_: None)
+    """From their branches, and once more only where the main exit supervises."""
+    kd, plan = KD("kl", 0.5, 4.0, source, False), with_recipe(plan, epochs=3)
+    teacher = BranchyNet(student.branch(3), weights)
+    trained = distill(dataset, student, teacher, kd, plan, start=start, on_epoch=lambda *_: None)
     branches = {number: one.network for number, one in enumerate(trained)}
     told = []
     result, plain = train_branchynet(
@@ -121,9 +124,9 @@ def test_a_frozen_trunk_is_what_it_was_and_the_exits_have_learnt(
         student,
         ORDERS[order](student.depths),
         branches,
-        None,
+        teacher,
         kd,
-        [plan] * 3,
+        [plan] * len(ORDERS[order](student.depths).phases),
         start=start,
         seed=0,
         weights=(0.25,) * 4,
@@ -136,10 +139,45 @@ def test_a_frozen_trunk_is_what_it_was_and_the_exits_have_learnt(
     if order == "asynchronous":
         assert fingerprint(result.network.branch(3)) == fingerprint(branches[3])
     assert fingerprint(plain) == fingerprint(result.network.branch(3))
-    assert len(told) == 3  # one pass for all exits
+    same = [
+        fingerprint(result.network.branch(e)) == fingerprint(branch)
+        for e, branch in branches.items()
+    ]
+    if source == "teacher":
+        assert all(same)
+        assert not told
+        return
+    assert not any(same[:3])
+    assert len(told) == 3, "one pass for all exits"
     for exit in range(3):
         key = f"validation/exit_{exit}/loss"
         assert told[-1][key] < told[0][key]
+
+
+@pytest.mark.parametrize(("layout", "epochs"), [([0.2, 0.6], 3), ("edgeke", 6)])
+def test_heads_on_a_trunk_that_stays_learn_from_features(dataset, plan, layout, epochs):
+    """All in one pass; exits with layers of their own (edgeke's) learn one after the other."""
+    backbone = Backbone("resnet10", 1, 3, SIZE, 4)
+    architecture, plan = with_layout(layout, backbone), with_recipe(plan, epochs=3)
+    main, told = BranchyNet(architecture.branch(2)).eval(), []
+    trained, plain = train_branchynet(
+        dataset,
+        architecture,
+        ORDERS["asynchronous"](architecture.depths),
+        {2: main},
+        None,
+        KD("none", 0.0, 4.0, "teacher", False),
+        [plan] * 2,
+        start=Network("resnet10", width=4),
+        seed=0,
+        weights=(0.3, 0.3, 0.4),
+        detach=False,
+        on_epoch=lambda epoch, row: told.append(row),
+    )
+    assert len(told) == epochs
+    for network in (trained.network.branch(2), plain):
+        assert fingerprint(network) == fingerprint(main)
+    assert told[-1]["validation/exit_0/loss"] < told[0].get("validation/exit_0/loss", 9)
 
 
 def test_a_trunk_that_starts_from_weights_learns_slower_and_keeps_its_statistics(

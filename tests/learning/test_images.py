@@ -12,7 +12,7 @@ def test_images_stay_where_they_are_when_they_do_not_fit_the_accelerator(monkeyp
 
 
 def test_large_images_are_predicted_a_few_at_a_time(monkeypatch):
-    monkeypatch.setattr("edgeke.learning.images._VALUES", 3 * 64)
+    monkeypatch.setattr("edgeke.learning.images._PIXELS", 3 * 64)
     sizes = []
 
     def network(images):
