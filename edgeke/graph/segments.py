@@ -1,6 +1,8 @@
 """Straight-line ONNX graphs: one segment per exit, and static networks."""
 
+import copy
 import io
+import itertools
 import warnings
 from collections.abc import Sequence
 
@@ -34,13 +36,29 @@ class _Segment(nn.Module):
     def __init__(self, blocks: nn.Module, exit: nn.Module, last: bool) -> None:
         super().__init__()
         self.blocks = blocks
-        self.exit = exit
+        self.exit = _folded(exit)
         self.last = last
 
     def forward(self, features: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         features = self.blocks(features)
         logits: Tensor = self.exit(features)
         return logits if self.last else (logits, features)
+
+
+def _folded(exit: nn.Module) -> nn.Module:
+    """The exit with its head's normalisation folded into the linear layer after it."""
+    exit = copy.deepcopy(exit).eval()
+    head = exit.get_submodule("head")
+    layers = list(head) if isinstance(head, nn.Sequential) else []
+    for number, (norm, linear) in enumerate(itertools.pairwise(layers)):
+        if isinstance(norm, nn.BatchNorm1d) and isinstance(linear, nn.Linear):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            with torch.no_grad():
+                linear.weight.mul_(torch.rsqrt(norm.running_var + norm.eps))
+                linear.bias.sub_(linear.weight @ norm.running_mean)
+            head.set_submodule(str(number), nn.Identity())
+    return exit
 
 
 def export_segments(

@@ -20,7 +20,6 @@ from edgeke.networks.layouts import attach_points
 from edgeke.networks.tracing import CutPoint, Traced, trace
 
 _BODIES = {"attention": attention_body, "separable": separable_body}
-_HEADS = {"linear": linear_head, "pooled": pooled_head}
 
 
 class Exit(nn.Module):
@@ -149,4 +148,6 @@ def _make_exit(
     if spec.kind in _BODIES:
         body = _BODIES[spec.kind](cut.shape, outputs)
         return Exit(trunk, body, linear_head(max(cut.shape[0], outputs), classes))
-    return Exit(trunk, nn.Sequential(), _HEADS[spec.kind](cut.shape[0], classes))
+    pooled = spec.kind == "pooled"
+    head = pooled_head(cut.shape, classes) if pooled else linear_head(cut.shape[0], classes)
+    return Exit(trunk, nn.Sequential(), head)

@@ -136,13 +136,18 @@ def test_every_kind_learns_after_every_cut_point_of_timms_networks(kind):
 
 def test_statistics_over_positions():
     features = torch.randn(4, 16, 5, 3, requires_grad=True)
-    statistics = Statistics()(features)
+    statistics = Statistics((16, 5, 3))(features)
     expected = [features.mean((2, 3)), features.amax((2, 3)), features.std((2, 3), correction=0)]
     assert torch.allclose(statistics, torch.cat(expected, 1), atol=1e-4)
     # A constant map has a deviation of 0, where a square root alone would have no gradient.
     constant = torch.ones(2, 1, 1, 1, requires_grad=True)
-    Statistics()(constant).sum().backward()
+    Statistics((1, 1, 1))(constant).sum().backward()
     assert constant.grad.isfinite().all()
+    # Large maps are averaged down for mean and deviation, not for the maximum.
+    large = torch.randn(2, 3, 32, 48)
+    small = torch.nn.functional.avg_pool2d(large, 2)
+    expected = [small.mean((2, 3)), large.amax((2, 3)), small.std((2, 3), correction=0)]
+    assert torch.allclose(Statistics((3, 32, 48))(large), torch.cat(expected, 1), atol=1e-4)
 
 
 def test_a_checkpoint_keeps_the_backbones_own_names():
@@ -166,7 +171,7 @@ def test_class_vectors_are_the_last_linear_layer(network):
 
 def test_deviation_of_a_nearly_constant_channel_is_not_rounding():
     generator = torch.Generator().manual_seed(0)
-    features = 20 + 1e-2 * torch.randn(4, 3, 64, 64, generator=generator)
-    deviation = Statistics()(features)[:, 6:]
+    features = 20 + 1e-2 * torch.randn(4, 3, 31, 31, generator=generator)
+    deviation = Statistics((3, 31, 31))(features)[:, 6:]
     exact = (features.double().var((2, 3), correction=0) + 1e-5).sqrt()
     assert torch.allclose(deviation.double(), exact, rtol=1e-4)
