@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from toys import CLASSES, SIZE, randomise
+from toys import SIZE, randomise
 
 from edgeke.errors import InputError
 from edgeke.networks.architecture import KINDS, Architecture, Backbone, ExitSpec
@@ -20,13 +20,6 @@ RESNET18 = Backbone("resnet18", 3, 100, 32, 64)
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(5, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def test_every_exit_answers(network, images):
-    logits = network(images)
-    assert logits.shape == (3, 5, len(CLASSES))
-    assert (logits.std(dim=1) > 0).all()
 
 
 @torch.no_grad()
@@ -156,12 +149,6 @@ def test_a_checkpoint_keeps_the_backbones_own_names():
         assert torch.equal(network(images)[-1], plain(images))
     assert "backbone.layer1.0.conv1.weight" in network.state_dict()
     assert "exits.2.head.fc.weight" in network.state_dict()
-
-
-def test_class_vectors_are_the_last_linear_layer(network):
-    vectors = network.class_vectors()
-    assert vectors.shape == (len(CLASSES), 32)
-    assert not vectors.requires_grad
 
 
 def test_deviation_of_a_nearly_constant_channel_is_not_rounding():
