@@ -3,13 +3,7 @@ import json
 import pytest
 from toys import replace
 
-from edgeke.device.policy import (
-    Evidence,
-    OperatingPoint,
-    Policy,
-    RequirementResult,
-    parse_policy,
-)
+from edgeke.device.policy import Evidence, OperatingPoint, Policy, RequirementResult, parse_policy
 from edgeke.errors import InputError
 
 POINT = OperatingPoint(

@@ -17,11 +17,7 @@ from workplaces import finish, start, wait_until, write_params
 from edgeke.learning.fit import fit
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
-from edgeke.learning.resume import (
-    ResumeFile,
-    code_hash,
-    fingerprint,
-)
+from edgeke.learning.resume import ResumeFile, code_hash, fingerprint
 from edgeke.learning.trained import Trained
 from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet

@@ -3,11 +3,7 @@ import pytest
 
 from edgeke.device.scores import calibrated_probabilities
 from edgeke.policy.intervals import share_interval
-from edgeke.policy.temperatures import (
-    calibration_error,
-    fit_temperature,
-    negative_log_likelihood,
-)
+from edgeke.policy.temperatures import calibration_error, fit_temperature, negative_log_likelihood
 from edgeke.policy.votes import fit_votes
 
 

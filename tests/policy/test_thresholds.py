@@ -33,10 +33,3 @@ def test_equal_scores_stay_together():
     assert threshold_for_share(at_exit, 0.5) == 0.75  # 6 leave: nearest to 5
     assert threshold_for_share(at_exit, 0.2) == NEVER  # 0 is nearer to 2 than 6
     assert threshold_for_share(at_exit, 0.9) == ALWAYS
-
-
-def test_neighbouring_floats_are_told_apart():
-    below = np.nextafter(np.float32(1), np.float32(0))
-    at_exit = np.array([1.0] * 50 + [below] * 50, np.float32)
-    threshold = threshold_for_share(at_exit, 0.5)
-    assert int((at_exit > np.float32(threshold)).sum()) == 50
