@@ -66,8 +66,8 @@ def create_child(client: "MlflowClient", record: Record) -> "Run":
         experiment = open_experiment(client, record.experiment)
         parent = _find(client, experiment, STATE, record.state, deleted=False)
         if parent is None:
-            own = {STATE: record.state, **record.tags}
-            del own[PROCESS]
+            own = {key: value for key, value in record.tags.items() if key != PROCESS}
+            own[STATE] = record.state
             parent = client.create_run(experiment, record.started, own, record.name)
             values = [Param(key, value) for key, value in record.params.items()]
             client.log_batch(parent.info.run_id, params=values, synchronous=True)
