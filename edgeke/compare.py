@@ -20,7 +20,7 @@ from edgeke import params
 from edgeke.errors import InputError, report
 from edgeke.files import write_text
 from edgeke.tracking.results import STATE
-from edgeke.tracking.store import connected, folder, project_root
+from edgeke.tracking.store import connected, folder
 
 _PAGE = Path(".edgeke/compare.html")
 _SETTINGS = ["kd.distance", "branchynet.order", "kd.beta"]  # shown always, others where they differ
@@ -38,16 +38,16 @@ _LEGEND = (
 )
 
 
-def read_runs(root: Path, experiment: str, profile: str) -> pd.DataFrame:
+def read_runs(experiment: str, profile: str) -> pd.DataFrame:
     """The finished pipelines of a profile, oldest first; a column for each parameter and metric.
 
     Metrics are those of int8, which is shipped, where there are any. `run` is the DVC experiment's
     name or the run's id, `place` the machine. Errors: InputError when there is nothing to read.
     """
-    file = folder(root) / "mlflow.db"
+    file = folder() / "mlflow.db"
     if not os.environ.get("MLFLOW_TRACKING_URI") and not file.is_file():
         raise InputError(f"{file} is missing: nothing was run yet; `make run` makes the first run")
-    with connected(root) as client:
+    with connected() as client:
         known = client.get_experiment_by_name(experiment)
         runs = client.search_runs(
             [known.experiment_id] if known else [],
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         loaded = params.load()
         profile, name = options.profile or loaded.profile_name, loaded.tracking.experiment
-        runs = read_runs(project_root(), name, profile)
+        runs = read_runs(name, profile)
         table = rank(runs)
         width = shutil.get_terminal_size((120, 24)).columns
         print(_shown(table).to_string(line_width=width), f"\n{_LEGEND}")

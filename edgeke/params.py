@@ -1,13 +1,12 @@
 """params.yaml as frozen pydantic dataclasses, checked as a whole before any work starts.
 
-Only fields of a requirement and of a network have defaults: every other value is in params.yaml,
-where DVC sees it.
+What a value means, and why it is as it is, stands in params.yaml. Only fields of a requirement and
+of a network have defaults: every other value is in params.yaml, where DVC sees it.
 """
 
 import dataclasses
 import difflib
 import json
-import re
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ Share = Annotated[Number, Field(ge=0, le=1)]  # both ends included
 Part = Annotated[Number, Field(gt=0, lt=1)]  # neither
 Count = Annotated[Whole, Field(ge=1, le=1_000_000)]
 Pixels = Annotated[Whole, Field(ge=0, le=1024)]
+Threads = Annotated[Whole, Field(ge=1, le=1024)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -57,11 +57,7 @@ _ONCE = _check(lambda values: len({str(v) for v in values}) == len(values), "eac
 
 @dataclass(frozen=True, config=_CONFIG)
 class Data:
-    """The folder of the user's own images, read by the `image_folder` source.
-
-    `bits`: significant bits of its 16-bit pictures. What the splits and pixels are made of is the
-    profile's `Source`.
-    """
+    """The folder of the user's own images, read by the `image_folder` source."""
 
     path: Text
     bits: Annotated[Whole, Field(ge=8, le=16)]
@@ -69,11 +65,7 @@ class Data:
 
 @dataclass(frozen=True, config=_CONFIG)
 class KD:
-    """Knowledge distillation: loss = (1 - beta) CE + beta T^2 D(student/T, teacher/T).
-
-    `source` is who supervises the BranchyNet's exits; branches distilled alone always learn from
-    the teacher. `paper_weights` restores the paper's weights for its Wasserstein distance.
-    """
+    """Knowledge distillation. Branches distilled alone learn from the teacher whatever `source`."""
 
     distance: Literal["kl", "js", "wasserstein", "wasserstein_classes", "dkd", "none"]
     beta: Share
@@ -84,18 +76,15 @@ class KD:
 
 @dataclass(frozen=True, config=_CONFIG)
 class BranchyNet:
-    """Where the exits are, and how they are trained.
-
-    `layout` is a name, or a list of shares of the network's operations or `{attach: ..., kind:
-    ...}`, one for each exit before the main one.
-    When exits learn together, `main_weight` is the main exit's share of the loss, and with
-    `detach` the early exits' losses do not reach the trunk.
-    """
+    """Where the exits are, and how they are trained."""
 
     layout: str | tuple[Part | ExitSpec, ...]
     order: Literal["independent", "synchronous", "asynchronous", "asynchronous_back", "mixed"]
     main_weight: Share
     detach: Switch
+
+    def __post_init__(self) -> None:
+        check_layout(self.layout)
 
     def weights(self, exits: int) -> tuple[float, ...]:
         """The weights of the exits' losses, `[E]`: the early exits share the rest evenly."""
@@ -105,12 +94,7 @@ class BranchyNet:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Optimisation:
-    """How weights move in all three training stages.
-
-    `milestones`, of schedule `step`, are shares of the epochs up to 1, and epochs above it.
-    A trunk that starts from weights learns at `trunk_rate` times the learning rate, and with
-    `keep_statistics` its batch norms keep the means and deviations of those weights.
-    """
+    """How weights move in all three training stages."""
 
     optimiser: Literal["sgd", "adam", "adamw"]
     momentum: Part
@@ -137,10 +121,7 @@ class CropAndFlip:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Mixing:
-    """The part of the augmentation that all profiles share; 0 and false are off.
-
-    `copies`: how often each image is augmented before a frozen trunk, which sees each copy once.
-    """
+    """The part of the augmentation that all profiles share; 0 and false are off."""
 
     cutout: Pixels
     mixup: Annotated[Number, Field(ge=0, le=100)]
@@ -264,11 +245,7 @@ class Evaluate:
     python: Text
     latency_images: Count
     deadline_ms: Positive | None
-    threads: Annotated[
-        tuple[Annotated[Whole, Field(ge=1, le=1024)], ...],
-        Field(min_length=1),
-        _ONCE,
-    ]
+    threads: Annotated[tuple[Threads, ...], Field(min_length=1), _ONCE]
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -297,11 +274,7 @@ Images = Annotated[
 
 @dataclass(frozen=True, config=_CONFIG)
 class Source:
-    """A labelled image set and its splits.
-
-    `validation`, `calibration` and `test` are a number of images (int) or a share of all images
-    (float below 1); an empty `test` keeps the source's own test split. Three stages halve the side.
-    """
+    """A labelled image set and its splits: numbers of images (int), or shares of all (float)."""
 
     source: Literal["digits", "cifar10", "cifar100", "image_folder"]
     image_size: Annotated[Whole, Field(ge=8, le=1024, multiple_of=8)]
@@ -314,13 +287,7 @@ class Source:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Network:
-    """A backbone: one of ours, of timm's, or the user's own (docs/backbones.md).
-
-    `width`: channels of the first stage, of networks that have this choice. `stem: small`: no
-    halving at the beginning, for small images, of timm's networks. `weights`: where the trunk
-    starts, `pretrained` or a safetensors file. With `trunk: frozen` it stays there, and only exits
-    learn.
-    """
+    """A backbone of ours, of timm's, or the user's own; docs/backbones.md explains the keys."""
 
     network: str
     width: Annotated[Whole, Field(ge=1, le=1024)] | None = None
@@ -386,14 +353,19 @@ class Profile:
     augmentation: CropAndFlip
     recipes: Recipes
 
+    def __post_init__(self) -> None:
+        padding, side = self.augmentation.crop_padding, self.data.image_size
+        if padding >= side:
+            raise InputError(
+                f"augmentation.crop_padding = {padding}; pad by less than the image's side, {side}"
+            )
+
 
 @dataclass(frozen=True, config=_CONFIG)
-class Recipe:
+class Recipe(StageRecipe):
     """A stage's recipe with what all stages of a profile share."""
 
-    epochs: int
     batch_size: int
-    learning_rate: float
     warmup: float
 
 
@@ -424,29 +396,18 @@ class _Shared:
     tracking: Tracking
 
 
-_Name = Annotated[
-    str,
-    _check(lambda name: re.fullmatch(r"[\w-]+", name), "letters, digits, _ and - in its name"),
-]
-
-
 @dataclass(frozen=True, config=_CONFIG)
 class _File(_Shared):
     """params.yaml as it is written."""
 
     profile: str
     augmentation: Mixing
-    profiles: dict[_Name, Profile]
+    profiles: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Profile]
 
     def __post_init__(self) -> None:
         if self.profile not in self.profiles:
             known = ", ".join(self.profiles) or "those that you add to `profiles`"
             raise InputError(f"profile = {self.profile!r} is unknown; use one of {known}")
-        for name, profile in self.profiles.items():
-            padding, side = profile.augmentation.crop_padding, profile.data.image_size
-            if padding >= side:
-                key = f"profiles.{name}.augmentation.crop_padding"
-                raise InputError(f"{key} = {padding}; pad by less than the image's side, {side}")
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -460,7 +421,7 @@ class Params(_Shared):
     def plan(self, stage: StageRecipe) -> Plan:
         """What the fit loop is told when it follows a stage's recipe."""
         shared = self.profile.recipes
-        recipe = Recipe(stage.epochs, shared.batch_size, stage.learning_rate, shared.warmup)
+        recipe = Recipe(stage.epochs, stage.learning_rate, shared.batch_size, shared.warmup)
         return Plan(self.seed, self.training, self.augmentation, self.optimisation, recipe)
 
 
@@ -493,12 +454,10 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
     augmentation = Augmentation(**vars(profile.augmentation), **vars(file.augmentation))
     params = Params(**shared, profile_name=file.profile, profile=profile, augmentation=augmentation)
     try:
-        check_layout(params.branchynet.layout)
         exits = exit_count(params.branchynet.layout)
         if exits is not None:
             check_exits(params, exits)
-        _check_supervisor(params)
-        _check_frozen(params)
+        _check_together(params)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return params
@@ -531,18 +490,16 @@ def check_exits(params: Params, exits: int) -> None:
         )
 
 
-def _check_supervisor(params: Params) -> None:
-    order = params.branchynet.order
+def _check_together(params: Params) -> None:
+    """Refuse sections that contradict each other. Errors: InputError."""
+    order, mixing = params.branchynet.order, params.augmentation
     if params.kd.source != "teacher" and order in ("asynchronous_back", "independent"):
         raise InputError(
             f"kd.source = {params.kd.source}, but with order {order} the main exit is not there "
             "to supervise the others; use -S kd.source=teacher"
         )
-
-
-def _check_frozen(params: Params) -> None:
     frozen = "frozen" in (params.profile.teacher.trunk, params.profile.student.trunk)
-    if frozen and (params.augmentation.mixup or params.augmentation.cutmix):
+    if frozen and (mixing.mixup or mixing.cutmix):
         raise InputError(
             "augmentation.mixup and augmentation.cutmix mix images anew in every batch, but a "
             "frozen trunk sees each copy once; set both to 0, or trunk: finetuned"
@@ -557,6 +514,7 @@ _WORDS = {  # pydantic's words where ours are plainer; `missing` and unknown key
     "too_short": "must have at least one entry",
     "string_type": "must be text",
     "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must hold letters, digits, _ and - alone",
 }
 _UNKNOWN = "unexpected_keyword_argument"
 

@@ -14,7 +14,7 @@ from edgeke import params
 from edgeke.errors import InputError, report
 from edgeke.tracking.models import MODEL, OBJECTIONS
 from edgeke.tracking.results import STATE
-from edgeke.tracking.store import connected, open_experiment, project_root
+from edgeke.tracking.store import connected, open_experiment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -65,11 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="the run's id, name, or DVC experiment")
     parser.add_argument("--alias", choices=("champion", "challenger"), default="champion")
     options = parser.parse_args(arguments)
-    root = project_root()
     try:
         name = params.load().tracking.experiment
-        with connected(root) as client:
-            promote(client, open_experiment(client, name, root), options.run, options.alias)
+        with connected() as client:
+            promote(client, open_experiment(client, name), options.run, options.alias)
     except InputError as error:
         return report(error)
     return 0

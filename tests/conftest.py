@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from pipelines import STAGES, clone_tree, ran, run
-from toys import CLASSES, SIZE, make_split, randomise
+from toys import CLASSES, ROOT, SIZE, make_split, randomise, replace
 
 from edgeke.data.dataset import Dataset, channel_statistics, save_dataset
 from edgeke.networks.architecture import Architecture, Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import with_layout
-from edgeke.params import Augmentation, Optimisation, Plan, Recipe, Training
+from edgeke.params import Plan, Recipe, load
 
 
 @pytest.fixture(scope="session")
@@ -42,34 +42,11 @@ def dataset_file(dataset: Dataset, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def plan() -> Plan:
-    """Two short epochs."""
-    recipe = Recipe(epochs=2, batch_size=16, learning_rate=0.05, warmup=0.3)
-    optimisation = Optimisation(
-        optimiser="sgd",
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-        decay_norms=True,
-        schedule="one_cycle",
-        milestones=(0.25, 0.5, 0.8),
-        label_smoothing=0.0,
-        ema=0.0,
-        clip=None,
-        patience=None,
-        trunk_rate=0.1,
-        keep_statistics=True,
-    )
-    augmentation = Augmentation(
-        crop_padding=1,
-        flip=False,
-        cutout=0,
-        mixup=0.0,
-        cutmix=0.0,
-        trivial_augment=False,
-        copies=2,
-    )
-    training = Training(precision="fp32", channels_last=True, compile=False, checkpoint_every=1)
-    return Plan(0, training, augmentation, optimisation, recipe)
+    """Two short epochs; what is not said here is params.yaml's."""
+    loaded = load(ROOT / "params.yaml")
+    training = replace(loaded.training, checkpoint_every=1)
+    augmentation = replace(loaded.augmentation, copies=2)
+    return Plan(0, training, augmentation, loaded.optimisation, Recipe(2, 0.05, 16, 0.3))
 
 
 @pytest.fixture(autouse=True)

@@ -71,19 +71,16 @@ def client(root: Path) -> Any:
 
 def parents(root: Path) -> list[Any]:
     """The runs of pipeline states, oldest first."""
-    store = client(root)
-    experiment = store.get_experiment_by_name("edgeke")
-    found = store.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
-    return [r for r in found if "edgeke.state" in r.data.tags]
+    return [run for run in _runs(root) if "edgeke.state" in run.data.tags]
 
 
 def children(root: Path, parent: str) -> dict[str, Any]:
     """The runs of a state's stages by name; of several the newest."""
+    below = [run for run in _runs(root) if run.data.tags.get("mlflow.parentRunId") == parent]
+    return {run.info.run_name: run for run in below}
+
+
+def _runs(root: Path) -> list[Any]:
     store = client(root)
-    experiment = store.get_experiment_by_name("edgeke")
-    found = store.search_runs(
-        [experiment.experiment_id],
-        f"tags.`mlflow.parentRunId` = '{parent}'",
-        order_by=["attributes.start_time"],
-    )
-    return {r.info.run_name: r for r in found}
+    experiment = store.get_experiment_by_name("edgeke").experiment_id
+    return list(store.search_runs([experiment], order_by=["attributes.start_time"]))

@@ -24,19 +24,6 @@ import pytest
 import yaml
 from toys import ROOT
 
-__all__ = [
-    "BUCKET",
-    "COMPOSE",
-    "KEYS",
-    "Mlflow",
-    "free_port",
-    "fork",
-    "object_names",
-    "postgres",
-    "s3",
-    "work",
-]
-
 COMPOSE = ROOT / "mlflow" / "compose.yaml"
 BUCKET = "edgeke"
 KEYS = {

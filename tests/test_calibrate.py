@@ -17,7 +17,7 @@ from edgeke.graph.segments import export_segments
 from edgeke.params import Requirement
 from edgeke.policy.certify import certify
 from edgeke.policy.fit import fit_policy
-from edgeke.policy.report import exit_metrics, point_metrics, reliability_rows
+from edgeke.policy.report import point_metrics
 from edgeke.policy.samples import ExitLogits
 from stages.calibrate import warning
 
@@ -57,20 +57,6 @@ def test_named_points_and_requirements_are_reported():
         "warning: int8 cannot promise min_accuracy_0.99 (the nearest is "
         f"{metrics['calibration/min_accuracy_0.99/nearest']:.4g}); the default point is full"
     )
-
-
-def test_temperatures_correct_overconfidence():
-    fitted, _ = fit_policy(overconfident(0, 2000), MACS, MAIN, settings())
-    metrics = exit_metrics(overconfident(1, 2000), fitted.tuning.temperatures, "calibration")
-    for exit in range(3):
-        before = metrics[f"calibration/exit_{exit}/ece_uncalibrated"]
-        assert metrics[f"calibration/exit_{exit}/ece"] < before / 2
-
-
-def test_reliability_rows_cover_every_exit():
-    rows = reliability_rows(draw(100), (1.0, 1.0, 1.0))
-    assert {row["exit"] for row in rows} == {"exit 0", "exit 1", "exit 2"}
-    assert sum(row["count"] for row in rows) == 300
 
 
 @pytest.fixture(params=["max_probability", "margin", "entropy", "learned"])

@@ -67,7 +67,7 @@ def here(repository: Path, monkeypatch) -> Path:
 
 
 def test_settings_are_ranked_by_accuracy_and_cost_over_seeds(here):
-    table = compare.rank(compare.read_runs(here, "edgeke", "digits"))
+    table = compare.rank(compare.read_runs("edgeke", "digits"))
     assert table["runs"].tolist() == ["dear", "seed-0, seed-1, seed-2", "worse"]
     assert table["beaten by"].tolist() == [0, 0, 1]  # a dearer and a cheaper one, and neither
     seeds = table.loc[2]
@@ -100,7 +100,7 @@ def test_the_command_prints_the_table_and_writes_a_page_that_needs_no_network(
 
 
 def test_what_users_name_is_text_on_the_page(here):
-    table = compare.rank(compare.read_runs(here, "edgeke", "digits"))
+    table = compare.rank(compare.read_runs("edgeke", "digits"))
     table["runs"] = "</script><script>alert(1)</script>"
     page = compare.make_page(table, "<b>")
     assert "alert(1)" in page

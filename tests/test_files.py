@@ -55,8 +55,3 @@ def test_json_refuses_nan_and_reads_back(tmp_path: Path):
     (tmp_path / "m.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         files.read_json(tmp_path / "m.json")
-
-
-def test_tables_are_csv(tmp_path: Path):
-    files.write_table(tmp_path / "t.csv", [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
-    assert (tmp_path / "t.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"

@@ -37,7 +37,6 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
     ("key", "value", "words"),
     [
         ("kd.beta", 1.5, ["kd.beta = 1.5", "less than or equal to 1"]),
-        ("kd.beta", "much", ['kd.beta = "much"', "number"]),
         ("kd.beta", True, ["kd.beta = true", "number"]),
         ("kd.beta", float("nan"), ["kd.beta = NaN", "finite"]),
         ("kd.beta", 10**400, ["kd.beta = 1000", "...", "number"]),
@@ -49,10 +48,10 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
         ("seed", 1.5, ["seed = 1.5", "integer"]),
         ("seed", 2**31, ["seed = 2147483648", "less than 2147483648"]),
         ("profile", "digit", ["profile = 'digit'", "digits, tiny"]),
-        ("profiles", {}, ["profile = 'digits' is unknown", "`profiles`"]),
         ("profile_name", "x", ["unknown key `profile_name`"]),
         ("branchynet.layout", "paper", ["layout 'paper' is unknown", "edgeke, stages"]),
         ("branchynet.layout", [], ["branchynet.layout"]),
+        ("branchynet.layout", [0.5, 0.5], ["two exits to 0.5"]),
         ("branchynet.layout", [{"attach": "layer1.0"}], ["branchynet.layout[0].kind", "missing"]),
         (
             "branchynet.layout",
@@ -60,12 +59,8 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
             ["branchynet.layout = [0.5, 0.2]", "smaller shares first"],
         ),
         ("branchynet.layout", [0.5, 2], ["branchynet.layout"]),
-        (
-            "profiles.tiny.student.network",
-            "resnet81",
-            ["'resnet81' is unknown", "did you mean res"],
-        ),
         ("profiles.tiny.student.network", "timm/resnet18", ["width = 8", "remove the key"]),
+        ("profiles.tiny.student.stem", "small", ["only timm's networks"]),
         (
             "profiles.tiny.teacher.network",
             "resnet19",
@@ -76,16 +71,13 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
             [{"attach": "stem", "kind": "x"}],
             ["branchynet.layout[0]: exit kind 'x'", "use one of branch"],
         ),
-        ("branchynet.main_weight", 2, ["branchynet.main_weight = 2"]),
         ("optimisation.weight_decay", 1e300, ["optimisation.weight_decay = 1e+300"]),
         ("optimisation.milestones", [0.5, 0], ["optimisation.milestones[1] = 0", "than 0"]),
         ("augmentation.crop_padding", 1, ["unknown key `augmentation.crop_padding`", "cutout"]),
         ("augmentation.cutout", 10**30, ["augmentation.cutout", "1024"]),
-        ("calibrate.proportions", 2, ["calibrate.proportions = 2", "equal to 1"]),
         ("calibrate.proportions", {"of_all": [0.5, 0.5]}, ["2 shares", "3 exits"]),
         ("calibrate.proportions", {"of_all": [0.5, 0.6, 0]}, ["of_all", "at most 1"]),
         ("calibrate.proportions", {}, ["calibrate.proportions = {}", "of_reaching"]),
-        ("calibrate.requirements", [{}], ["requirements[0] = {}", "one of max_cost"]),
         (
             "calibrate.requirements",
             [{"max_degradation": 0.1, "max_cost": 0.5}],
@@ -99,7 +91,6 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
         ("evaluate.threads", [], ["evaluate.threads", "at least one"]),
         ("evaluate.threads", [10**10], ["evaluate.threads[0] = 10000000000", "1024"]),
         ("tracking.enabled", "yes", ["tracking.enabled", "true or false"]),
-        ("tracking.experiment", "vision/edge", ["tracking.experiment", "without / :"]),
         ("tracking.experiment", "Ada's", ["tracking.experiment", "without / :"]),
         ("profiles.tiny.data.image_size", 12, ["image_size = 12", "multiple of 8"]),
         ("profiles.tiny.data.test", 1.2, ["profiles.tiny.data.test = 1.2", "share"]),
@@ -172,12 +163,6 @@ def test_published_proportions_mean_shares_of_all_images(content):
     assert params.parse(content).calibrate.shares(3) == pytest.approx((0.9, 0.5, 1.0))
     put(content, "calibrate.proportions", {"of_reaching": [0.5, 0.5, 0.9]})
     assert params.parse(content).calibrate.shares(3) == (0.5, 0.5, 0.9)
-
-
-def test_every_phase_may_have_epochs_of_its_own(content):
-    put(content, "profiles.digits.recipes.train_branchynet.epochs", [6, 4])
-    recipe = params.parse(content).profile.recipes.train_branchynet
-    assert [phase.epochs for phase in recipe.phases(2)] == [6, 4]
 
 
 def test_requirements_have_names_for_metrics(content):

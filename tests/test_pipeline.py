@@ -1,9 +1,7 @@
 """The whole pipeline, for real: DVC runs the tiny profile in a temporary clone."""
 
-import fcntl
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -32,11 +30,6 @@ def test_every_stage_wrote_what_it_promises(clone: Path):
         assert (clone / "models" / name).is_file()
     assert metrics(clone, "evaluate")["test/full/accuracy"] > 0.3  # ten classes
     assert list(clone.glob("**/.*.tmp")) == []
-
-
-def test_the_distilled_main_branch_is_the_main_exit(clone: Path):
-    alone = metrics(clone, "distill")["validation/branch_2/accuracy"]
-    assert metrics(clone, "train_branchynet")["validation/exit_2/accuracy"] == alone
 
 
 def test_mlflow_and_the_metrics_files_agree(clone: Path):
@@ -141,25 +134,3 @@ def test_an_image_more_runs_download_again(clone: Path):
     extra.unlink()
     assert status["download"] == [{"changed deps": {"data/source": "modified"}}]
     assert json.loads(run(clone, "dvc", "status", "--json", "download")) == {}
-
-
-def test_a_typo_stops_the_pipeline_before_work(clone: Path):
-    file = clone / "params.yaml"
-    before = file.read_text()
-    file.write_text(before.replace("score: best", "score: bst"))
-    output = run(clone, "dvc", "repro", check=False)
-    file.write_text(before)
-    assert "calibrate.score = \"bst\" must be 'best', 'max_probability'" in output
-    assert ran(output) == ["calibrate"]
-    assert "Traceback" not in output
-    run(clone, "dvc", "checkout", "--force")
-
-
-def test_a_second_run_in_the_same_tree_waits_its_turn(clone: Path):
-    with (clone / ".dvc" / "tmp" / "lock").open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        started = time.monotonic()
-        output = run(clone, "dvc", "repro", check=False)
-        assert time.monotonic() - started < 60
-    assert "Unable to acquire lock" in output
-    assert ran(output) == []

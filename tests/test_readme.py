@@ -47,9 +47,3 @@ def test_experiments_in_the_readme_name_real_parameters():
         for part in key.split("."):
             assert part in section, key
             section = section[part]
-
-
-def test_requirements_are_exact_and_explained():
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            assert re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.]+ +# .+", line), line

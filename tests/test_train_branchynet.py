@@ -12,7 +12,7 @@ from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import single_exit
 from edgeke.params import KD, Network
-from edgeke.train_branchynet import exit_metrics, train_branchynet
+from edgeke.train_branchynet import train_branchynet
 
 FRESH = Network("resnet10", 4)
 NO_TEACHER = KD("none", 0.0, 4.0, "teacher", False)
@@ -147,14 +147,3 @@ def test_a_killed_plain_network_goes_on(dataset, architecture, plan):
     assert equal(whole.network, again.network)
     assert equal(plain, plain_again)
     assert again.history == whole.history
-
-
-def test_metrics_of_every_exit(dataset, network):
-    metrics = exit_metrics(network, network.branch(2), dataset)
-    assert set(metrics) == {
-        f"validation/{name}/{what}"
-        for name in ("exit_0", "exit_1", "exit_2", "plain")
-        for what in ("loss", "accuracy")
-    }
-    loss = metrics["validation/exit_2/loss"]
-    assert metrics["validation/plain/loss"] == pytest.approx(loss)

@@ -6,19 +6,6 @@ from safetensors.torch import load_file
 from toys import ROOT
 from workplaces import finish, start, write_params
 
-from edgeke.params import Network
-from edgeke.train_teacher import train_teacher
-
-
-def test_the_teacher_learns_from_labels_alone(dataset, plan):
-    rows = []
-    trained = train_teacher(
-        dataset, Network("resnet10", 4), plan, on_epoch=lambda e, row: rows.append(row)
-    )
-    assert len(rows) == plan.recipe.epochs
-    assert trained.network.architecture.exits[0].kind == "main"
-    assert len(trained.network.exits) == 1
-
 
 @pytest.fixture
 def workplace(dataset_file: Path) -> Path:
@@ -63,12 +50,3 @@ def test_training_by_hand_needs_no_mlflow_and_gives_the_same(workplace: Path):
     assert tracked.keys() == by_hand.keys()
     assert all(torch.equal(tracked[key], by_hand[key]) for key in tracked)
     assert (workplace / "results" / "train_teacher" / "history.csv").read_text() == history
-
-
-def test_a_truncated_dataset_stops_the_stage_in_one_line(workplace: Path):
-    file = workplace / "data" / "dataset.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    output = finish(start(workplace, "-m", "stages.train_teacher"), status=1)
-    assert "error: data/dataset.safetensors is truncated" in output
-    assert "Traceback" not in output
-    assert not (workplace / "models").exists()

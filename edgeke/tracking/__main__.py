@@ -6,17 +6,16 @@ from edgeke import params
 from edgeke.errors import InputError, report
 from edgeke.tracking.results import log_results
 from edgeke.tracking.runs import end_dead_runs
-from edgeke.tracking.store import connected, open_experiment, project_root
+from edgeke.tracking.store import connected, open_experiment
 
 
 def main() -> int:
-    """Complete the store of this repository; returns the exit status."""
-    root = project_root()
+    """Complete the repository's store; returns the exit status."""
     try:
         experiment = params.load().tracking.experiment
-        with connected(root) as client:
-            log_results(client, root)
-            ended = end_dead_runs(client, open_experiment(client, experiment, root))
+        with connected() as client:
+            log_results(client)
+            ended = end_dead_runs(client, open_experiment(client, experiment))
     except InputError as error:
         return report(error)
     print(f"MLflow has all that results/ hold; {ended} dead runs were marked as killed")

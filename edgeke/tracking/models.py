@@ -1,5 +1,6 @@
 """The one-file model in MLflow: stored once per content, registered, tagged for promotion."""
 
+import contextlib
 import hashlib
 import inspect
 import re
@@ -16,7 +17,6 @@ from edgeke.device.bundle import find_bundle
 from edgeke.device.classifier import Classifier
 from edgeke.errors import InputError
 from edgeke.tracking.state import Record
-from edgeke.tracking.store import locked
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -37,7 +37,7 @@ def digest(models: Path) -> str | None:
         return None
 
 
-def log_model(client: "MlflowClient", root: Path, record: Record, parent: "Run") -> None:
+def log_model(client: "MlflowClient", record: Record, parent: "Run") -> None:
     """Log and register the one file that the last stage measured, and tag version and parent.
 
     A file that is registered already is not stored again. Errors: InputError when models/ holds
@@ -47,15 +47,13 @@ def log_model(client: "MlflowClient", root: Path, record: Record, parent: "Run")
         raise InputError(f"{_MODELS} does not hold the file that was evaluated: `dvc checkout` it")
     bundle = find_bundle(_MODELS)
     name = f"{record.experiment}-{record.tags['profile']}"  # its versions can replace each other
-    with locked(root):
-        same = f"name = '{name}' and tags.`{FILE}` = '{record.model}'"
-        known = client.search_model_versions(same)
-        number = known[0].version if known else _register(client, parent, bundle.model, name)
+    same = client.search_model_versions(f"name = '{name}' and tags.`{FILE}` = '{record.model}'")
+    number = str(same[0].version if same else _register(client, parent, bundle.model, name))
     tags = {FILE: record.model, **promotion_tags(record, bundle.precision or "fp32")}
     for key, value in tags.items():
-        client.set_model_version_tag(name, str(number), key, str(value))
-    client.set_tag(parent.info.run_id, MODEL, f"{name}/{number}")
-    client.set_tag(parent.info.run_id, FILE, record.model)
+        client.set_model_version_tag(name, number, key, str(value))
+    for key, value in {MODEL: f"{name}/{number}", FILE: record.model}.items():
+        client.set_tag(parent.info.run_id, key, value)
 
 
 def promotion_tags(record: Record, precision: str) -> dict[str, str]:
@@ -113,9 +111,7 @@ def _register(client: "MlflowClient", parent: "Run", file: Path, name: str) -> s
         model = client.create_logged_model(experiment, "edgeke", source_run_id=run)
         client.log_model_artifacts(model.model_id, f"{folder}/model")
         client.finalize_logged_model(model.model_id, "READY")
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
+    with contextlib.suppress(MlflowException):  # it is there
         client.create_registered_model(name)
     # Not models:/<id>, which MLflow would look up in the store of its global state.
     source, model_id = model.artifact_location, model.model_id

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from edgeke.errors import InputError
 from edgeke.files import read_json
-from edgeke.tracking.state import PARENT, Record
+from edgeke.tracking.state import PARENT, PROCESS, Record
 from edgeke.tracking.store import locked, open_experiment
 
 if TYPE_CHECKING:
@@ -27,59 +27,52 @@ _EXECUTION = "edgeke.execution"  # tag of a child: the id of its record
 Curve = dict[tuple[str, int], float]  # by metric and step
 
 
-def log_results(client: "MlflowClient", root: Path) -> None:
+def log_results(client: "MlflowClient") -> None:
     """Log every stage whose record is in results/, and complete the parent of the last one.
 
     Only the last stage's record has a headline. Errors: InputError when there is no record;
     whatever MLflow raises.
     """
-    paths = RESULTS.glob("*/run.json")
-    records = [record for path in paths if (record := _read_record(path)) is not None]
+    records = [_read_record(path) for path in RESULTS.glob("*/run.json")]
     if not records:
         raise InputError(f"no stage left a record in {RESULTS}/; run one, or `dvc pull` them")
     children: dict[str, Run] = {}
     for record in sorted(records, key=lambda record: record.started):
-        children[record.stage] = log_stage(client, root, record)
+        children[record.stage] = log_stage(client, record)
         if record.headline:
-            _complete_parent(client, root, record, children)
+            _complete_parent(client, record, children)
 
 
-def log_stage(client: "MlflowClient", root: Path, record: Record) -> "Run":
+def log_stage(client: "MlflowClient", record: Record) -> "Run":
     """A stage's run, complete with what is in `results/<stage>/`; a deleted one stays deleted."""
-    experiment = open_experiment(client, record.experiment, root)
+    experiment = open_experiment(client, record.experiment)
     child = _find(client, experiment, _EXECUTION, record.id, deleted=True)
     if child and (child.info.status == "FINISHED" or child.info.lifecycle_stage == "deleted"):
         return child
-    child = child or create_child(client, root, record, {})
+    child = child or create_child(client, record)
     curve = _read_history(RESULTS / record.stage / "history.csv")
     metrics = RESULTS / record.stage / "metrics.json"
     _log_missing(client, child, curve, read_json(metrics) if metrics.exists() else {}, record)
-    client.set_terminated(child.info.run_id, "FINISHED", record.ended)
-    parent = client.get_run(child.data.tags[PARENT])
-    if parent.info.status == "RUNNING":
-        client.set_terminated(parent.info.run_id, "FINISHED", record.ended)
+    for run in (child.info.run_id, child.data.tags[PARENT]):
+        client.set_terminated(run, "FINISHED", record.ended)
     return child
 
 
-def create_child(
-    client: "MlflowClient", root: Path, record: Record, more: Mapping[str, str]
-) -> "Run":
-    """Make a stage's run below its state's parent, found or made, with `more` tags."""
+def create_child(client: "MlflowClient", record: Record) -> "Run":
+    """Make a stage's run below its state's parent, found or made."""
     from mlflow.entities import Param
 
-    tags = {**record.tags, **more}
-    with locked(root):
-        experiment = open_experiment(client, record.experiment, root)
+    with locked():  # of two processes the second finds the parent that the first makes
+        experiment = open_experiment(client, record.experiment)
         parent = _find(client, experiment, STATE, record.state, deleted=False)
         if parent is None:
-            own = {key: value for key, value in tags.items() if key != "DVC_STAGE"}
+            own = {key: value for key, value in record.tags.items() if key != PROCESS}
             own[STATE] = record.state
             parent = client.create_run(experiment, record.started, own, record.name)
-        if not parent.data.params:  # new, or the store went away between its making and this
             values = [Param(key, value) for key, value in record.params.items()]
             client.log_batch(parent.info.run_id, params=values, synchronous=True)
-        tags |= {"edgeke.stage": record.stage, _EXECUTION: record.id, PARENT: parent.info.run_id}
-        return client.create_run(experiment, record.started, tags, record.stage)
+    tags = {"edgeke.stage": record.stage, _EXECUTION: record.id, PARENT: parent.info.run_id}
+    return client.create_run(experiment, record.started, record.tags | tags, record.stage)
 
 
 def metric_name(key: str) -> str:
@@ -87,47 +80,44 @@ def metric_name(key: str) -> str:
     return re.sub(r"[^\w\-. :/]", lambda refused: f"-u{ord(refused[0]):x}-", key)[:250]
 
 
-def _complete_parent(
-    client: "MlflowClient", root: Path, record: Record, children: Mapping[str, "Run"]
-) -> None:
+def _complete_parent(client: "MlflowClient", record: Record, children: Mapping[str, "Run"]) -> None:
     """Add the headline, links to the runs of stages that DVC restored, and the model."""
     from edgeke.tracking.models import FILE, log_model
 
     parent = client.get_run(children[record.stage].data.tags[PARENT])
-    run, tags = parent.info.run_id, parent.data.tags
+    run = parent.info.run_id
     if parent.info.lifecycle_stage == "deleted":
         return
     _log_missing(client, parent, {}, record.headline, record)
     for stage, child in children.items():
-        link = f"edgeke.restored.{stage}"
-        active = child.info.lifecycle_stage == "active"
-        if active and child.data.tags[PARENT] != run and link not in tags:
-            client.set_tag(run, link, child.info.run_id)
-    if parent.info.status != "FINISHED":
-        client.set_terminated(run, "FINISHED", record.ended)
-    if record.model is not None and tags.get(FILE) != record.model:
-        log_model(client, root, record, parent)
+        if child.info.lifecycle_stage == "active" and child.data.tags[PARENT] != run:
+            client.set_tag(run, f"edgeke.restored.{stage}", child.info.run_id)
+    client.set_terminated(run, "FINISHED", record.ended)
+    if record.model is not None and parent.data.tags.get(FILE) != record.model:
+        log_model(client, record, parent)
 
 
 def _log_missing(
     client: "MlflowClient", run: "Run", curve: Curve, final: Mapping[str, float], record: Record
 ) -> None:
-    """Log what a run lacks of a curve, and final metrics that differ from its latest ones.
+    """Log what a run lacks of a curve and of final metrics.
 
     Final metrics belong to the last epoch, or to step 0 where nothing was trained.
     """
     from mlflow.entities import Metric
 
-    latest, last = run.data.metrics, max((step for _, step in curve), default=0)
-    steps = {
-        key: {point.step for point in client.get_metric_history(run.info.run_id, key)}
-        for key in {key for key, _ in curve} & set(latest)
+    last = max((step for _, step in curve), default=0)
+    points = curve | {(metric_name(key), last): value for key, value in final.items()}
+    there = {
+        (key, metric.step, metric.value)
+        for key in {key for key, _ in points} & set(run.data.metrics)
+        for metric in client.get_metric_history(run.info.run_id, key)
     }
-    points = {(k, step): v for (k, step), v in curve.items() if step not in steps.get(k, ())}
-    latest = latest | {key: value for (key, _), value in sorted(curve.items())}
-    names = {metric_name(key): value for key, value in final.items()}
-    points |= {(key, last): value for key, value in names.items() if latest.get(key) != value}
-    metrics = [Metric(key, value, record.ended, step) for (key, step), value in points.items()]
+    metrics = [
+        Metric(key, value, record.ended, step)
+        for (key, step), value in points.items()
+        if (key, step, value) not in there
+    ]
     client.log_batch(run.info.run_id, metrics=metrics, synchronous=True)
 
 
@@ -148,11 +138,10 @@ def _read_history(path: Path) -> Curve:
     return curve
 
 
-def _read_record(path: Path) -> Record | None:
-    """A stage's record, or None for the note of an earlier version. Errors: InputError."""
-    content = read_json(path)
+def _read_record(path: Path) -> Record:
+    """A stage's record. Errors: InputError."""
     try:
-        return None if "run_id" in content else Record(**content)
+        return Record(**read_json(path))
     except TypeError:
         raise InputError(f"{path} is no record of a run; delete it and run `dvc repro`") from None
 

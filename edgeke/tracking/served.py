@@ -60,25 +60,18 @@ class Served(PythonModel):
 
 
 def _refuse_unknown() -> None:
-    """Wrap the two functions of MLflow that drop what they do not know."""
-    pyfunc: Any = importlib.import_module("mlflow.pyfunc")
+    """Wrap the function of MLflow's server that drops what it does not know."""
     server: Any = importlib.import_module("mlflow.pyfunc.scoring_server")
-    enforce, split = pyfunc._enforce_params_schema, server._split_data_and_params
-    if hasattr(enforce, "edgeke"):
-        return
-
-    def enforce_params(params: Any, schema: Any) -> Any:
-        ours = schema is not None and {spec.name for spec in schema.params} == set(_REQUIREMENTS)
-        if ours and isinstance(params, dict):
-            _check("parameter", params, _REQUIREMENTS)
-        return enforce(params, schema)
+    split = server._split_data_and_params
 
     def split_request(text: Any) -> Any:
-        _check("field", server._decode_json_input(text), _FIELDS)
+        request = server._decode_json_input(text)
+        _check("field", request, _FIELDS)
+        if isinstance(request.get("params"), dict):
+            _check("parameter", request["params"], _REQUIREMENTS)
         return split(text)
 
-    enforce_params.edgeke = True  # type: ignore[attr-defined]
-    pyfunc._enforce_params_schema, server._split_data_and_params = enforce_params, split_request
+    server._split_data_and_params = split_request
 
 
 def _check(kind: str, names: dict[str, Any], known: tuple[str, ...]) -> None:

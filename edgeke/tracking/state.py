@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import time
 import uuid
@@ -15,7 +14,7 @@ from typing import Any
 from edgeke.params import Params
 
 PARENT = "mlflow.parentRunId"
-_DVC = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
+PROCESS = "edgeke.process"  # tag of a child: host and number of the process that executes it
 
 
 @dataclass
@@ -58,16 +57,15 @@ class Record:
 
 
 def content(params: Params) -> str:
-    """A hash of what results depend on: parameters, the code in dvc.yaml, the user's own images."""
+    """A hash of what results depend on: parameters, code, the user's own images."""
     values = {k: v for k, v in flatten(params).items() if not k.startswith("tracking.")}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     if params.profile.data.source == "image_folder":
         for file in sorted(Path(params.data.path).rglob("*")):
             facts = file.stat()
             digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}".encode())
-    for file in _listed_code():
-        digest.update(str(file).encode())
-        digest.update(file.read_bytes())
+    for file in sorted([*Path("edgeke").rglob("*.py"), *Path("stages").rglob("*.py")]):
+        digest.update(str(file).encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -91,18 +89,20 @@ def flatten(params: Params) -> dict[str, str]:
 
 
 def _tags(params: Params, digest: str) -> dict[str, str]:
-    """What every run of a state is tagged with: DVC's names, the commit, the machine."""
-    tags = {key: os.environ.get(key, "") for key in _DVC}
+    """What the runs of a state are tagged with: DVC's names, the commit, the machine."""
+    names = ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
+    tags = {name: os.environ[name] for name in names if os.environ.get(name)}
     tags["profile"] = params.profile_name
     tags["edgeke.content"] = digest
     tags["edgeke.machine"] = f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores"
+    tags[PROCESS] = f"{platform.node()} {os.getpid()}"
     commit = _git("rev-parse", "HEAD")
     if commit:
         tags["mlflow.source.git.commit"] = commit
         # DVC itself changes params.yaml, dvc.lock and results/, so only code counts.
         changed = _git("status", "--porcelain", "--", "edgeke", "stages", "dvc.yaml")
         tags["edgeke.dirty"] = str(bool(changed)).lower()
-    return {key: value for key, value in tags.items() if value or key == "DVC_STAGE"}
+    return tags
 
 
 def _git(*arguments: str) -> str:
@@ -111,13 +111,3 @@ def _git(*arguments: str) -> str:
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def _listed_code() -> list[Path]:
-    """The project's own code among the deps in dvc.yaml; none where there is no dvc.yaml."""
-    file = Path("dvc.yaml")
-    text = file.read_text() if file.is_file() else ""
-    paths = map(Path, re.findall(r"^\s*- ((?:edgeke|stages)/\S+)$", text, re.MULTILINE))
-    return sorted(
-        {file for path in paths for file in (path, *path.rglob("*.py")) if file.is_file()}
-    )

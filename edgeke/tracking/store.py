@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 from edgeke.errors import InputError
 
@@ -26,26 +25,28 @@ _DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the address may hold a password
     "PGCONNECT_TIMEOUT": "10",
 }
-_SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
-_SAY_AFTER, _GIVE_UP_AFTER = 10.0, 60.0  # seconds of waiting for the lock
+_WAITS = (10, 50)  # seconds of waiting for the lock: until its holder is named, and then
+_REMEDIES = {  # by what stands in the error; the first that fits
+    "database schema": "its tables are another MLflow's: back it up, then `mlflow db upgrade` it "
+    "where it is older, or `pip install` the MLflow that wrote it where it is newer",
+    r"\b(401|403)\b|not authenticated|[Pp]ermission denied": "set MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD to a user who may write there",
+    "disk is full|No space left": "free space on its disk",
+    "": "start or repair it, or point MLFLOW_TRACKING_URI to another",
+}
 
 
-def project_root() -> Path:
-    """The repository the store belongs to: DVC's root while DVC runs us, else the working folder.
+def folder() -> Path:
+    """The folder of the store's file and its lock: `mlflow/` in the repository.
 
     Queued and `--temp` experiments run in a copy; `DVC_ROOT` still names the real repository.
     """
-    return Path(os.environ.get("DVC_ROOT") or Path.cwd())
+    return (Path(os.environ.get("DVC_ROOT") or Path.cwd()) / "mlflow").resolve()
 
 
-def folder(root: Path) -> Path:
-    """The folder of the store's file and its lock."""
-    return (root / "mlflow").resolve()
-
-
-def store_uri(root: Path) -> str:
+def store_uri() -> str:
     """`MLFLOW_TRACKING_URI` where it is set, else the SQLite file in the repository."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder(root) / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder() / 'mlflow.db'}"
 
 
 def is_installed() -> bool:
@@ -65,28 +66,23 @@ def is_installed() -> bool:
 
 
 @contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """One process at a time on the store of `root`; says who it waits for after ten seconds.
+def locked() -> Iterator[None]:
+    """One process at a time on the repository's store; says who it waits for after ten seconds.
 
     Errors: InputError that names the process when the lock is not free after a minute.
     """
     from filelock import FileLock, Timeout
 
-    folder(root).mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder(root) / ".lock"), folder(root) / ".lock-owner"
-
-    def holder() -> str:
-        return owner.read_text() if owner.is_file() else "another process"
-
-    try:
-        lock.acquire(timeout=_SAY_AFTER)
-    except Timeout:
-        print(f"waiting for {holder()}, which holds {lock.lock_file}", file=sys.stderr)
-        try:
-            lock.acquire(timeout=_GIVE_UP_AFTER - _SAY_AFTER)
-        except Timeout:
-            waited = f"{holder()} has held {lock.lock_file} for {_GIVE_UP_AFTER:.0f} s"
-            raise InputError(f"{waited}; end that process if it hangs") from None
+    folder().mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder() / ".lock"), folder() / ".lock-owner"
+    for seconds in _WAITS:
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=seconds)
+            break
+        holder = owner.read_text() if owner.is_file() else "another process"
+        print(f"waiting for {holder}, which holds {lock.lock_file}", file=sys.stderr)
+    else:
+        raise InputError(f"{holder} still holds {lock.lock_file}; end that process if it hangs")
     try:
         with contextlib.suppress(OSError):  # a full disk
             owner.write_text(f"process {os.getpid()} on {platform.node()} ({sys.argv[0]})")
@@ -96,7 +92,7 @@ def locked(root: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def connected(root: Path) -> Iterator["MlflowClient"]:
+def connected() -> Iterator["MlflowClient"]:
     """A client of the store, which has answered once; what the store raises says what to do.
 
     A store that does not answer is noticed within about 20 seconds. Errors: InputError.
@@ -106,15 +102,13 @@ def connected(root: Path) -> Iterator["MlflowClient"]:
         from mlflow import MlflowClient
 
         # The first process on a fresh SQLite file creates its tables; a second one would collide.
-        with locked(root):
-            _try_database(store_uri(root))
-            client = MlflowClient(store_uri(root))
+        with locked():
+            _try_database(store_uri())
+            client = MlflowClient(store_uri())
             client.search_experiments(max_results=1)
         yield client
-    except InputError:
-        raise
     except Exception as error:  # MLflow passes on whatever its store raises
-        raise refusal(root, error) from error
+        raise refusal(error) from error
 
 
 def _try_database(uri: str) -> None:
@@ -126,12 +120,12 @@ def _try_database(uri: str) -> None:
         sqlalchemy.inspect(engine).get_table_names()
 
 
-def open_experiment(client: "MlflowClient", name: str, root: Path) -> str:
+def open_experiment(client: "MlflowClient", name: str) -> str:
     """The id of an experiment, made when absent; one that was deleted in the UI is restored."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        local = store_uri(root).startswith("sqlite")  # also from a copy that DVC deletes
-        location = (folder(root) / "artifacts").as_uri() if local else None
+        local = store_uri().startswith("sqlite")  # files not in the copy, which DVC deletes
+        location = (folder() / "artifacts").as_uri() if local else None
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except Exception:
@@ -145,54 +139,28 @@ def open_experiment(client: "MlflowClient", name: str, root: Path) -> str:
     return str(experiment.experiment_id)
 
 
-def refusal(root: Path, error: Exception) -> InputError:
-    """What to do about a store that fails, in one line without secrets."""
-    uri, message = store_uri(root), str(error).strip() or type(error).__name__
-    if "database schema" in message:
-        remedy = (
-            "its tables are another MLflow's: back it up, then `mlflow db upgrade` it where it is "
-            "older, or `pip install` the MLflow that wrote it where it is newer"
-        )
-    elif re.search(r"\b(401|403)\b|not authenticated|[Pp]ermission denied", message):
-        names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        remedy = f"set {names} to a user who may write there"
-    elif "disk is full" in message or "No space left" in message:
-        remedy = "free space on its disk"
-    else:
-        remedy = "start or repair it, or point MLFLOW_TRACKING_URI to another"
-    cause = without_secrets(message.splitlines()[0], uri)
-    place = "".join(_parts(uri)[:2])
+def refusal(error: Exception) -> InputError:
+    """What to do about a store that fails, in one line without secrets; an InputError stays.
+
+    Libraries cite addresses in pieces. So where the store's holds a secret, the error's type is
+    all that is shown of it.
+    """
+    if isinstance(error, InputError):
+        return error
+    uri, message = store_uri(), str(error).strip() or type(error).__name__
+    remedy = next(text for words, text in _REMEDIES.items() if re.search(words, message))
+    place, cause = public(uri), message.splitlines()[0]
+    if place != uri:
+        cause = type(error).__name__
+    cause = re.sub(r"[\w.+-]+://[^\s'\"<>]+", lambda address: public(address[0]), cause)
     return InputError(f"the tracking store {place} does not answer ({cause}); {remedy}")
 
 
-def without_secrets(text: str, uri: str) -> str:
-    """A text without what may be secret in the store's address `uri` or in any other address.
+def public(uri: str) -> str:
+    """What of an address may be shown: not the user, which can be a token, password and query.
 
-    User names count as secrets, since a token can stand there, and so does the query. Libraries
-    cite addresses in pieces, so each word of what is secret is blanked wherever it stands.
+    Parsers disagree about passwords that hold `/`, `@` or `?`. So the last `@` ends the password,
+    and where it comes after a question mark nothing is shown.
     """
-    for address in (re.escape(uri), r"[\w.+-]+://[^\s'\"<>]+"):
-        text = re.sub(address, lambda match: "".join(_parts(match[0])[:2]), text)
-    removed = " ".join(_parts(uri)[2:])
-    words = set(re.split(r"[\s:/@?&=#,;]+", f"{removed} {unquote(removed)}"))
-    words |= {os.environ.get(name, "") for name in _SECRETS}
-    for word in sorted(words - {""}, key=len, reverse=True):
-        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "***", text)
-    return text
-
-
-def _parts(uri: str) -> tuple[str, str, str, str]:
-    """An address as scheme, place, user with password, query.
-
-    Parsers disagree about passwords that hold `/`, `@` or `?`, so the last `@` ends the password,
-    and where it comes after a question mark all of the address counts as secret.
-    """
-    scheme, separator, rest = uri.partition("://") if "://" in uri else ("", "", uri)
-    before = re.split(r"[?#]", rest, maxsplit=1)[0]
-    query = rest[len(before) :]
-    if rest.startswith("/"):  # a file: nobody signs in
-        return scheme + separator, before, "", query
-    if "@" in query:
-        return scheme + separator, "***", before, query
-    user, _, place = before.rpartition("@")
-    return scheme + separator, place, user, query
+    parts = re.fullmatch(r"([\w.+-]+://)?(?:[^?#]*@)?([^?#@]*)(?:[?#][^@]*)?", uri)
+    return (parts[1] or "") + parts[2] if parts else "***"

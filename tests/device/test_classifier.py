@@ -76,13 +76,6 @@ def test_only_unsure_images_go_on(classifier, images, monkeypatch):
     assert seen == [(0, len(images))]
 
 
-def test_an_empty_batch_and_a_list(classifier, images):
-    assert classifier.predict_batch([]) == []
-    assert classifier.predict_batch(images[:0]) == []
-    listed = classifier.predict_batch([images[0], images[1, :, :, 0]])
-    assert all(map(same, listed, classifier.predict_batch(images[:2])))
-
-
 def test_the_single_file_loops_and_says_so(bundle, classifier, images):
     alone = Classifier(bundle / "edgeke.onnx")
     with pytest.warns(UserWarning, match="image by image; give the bundle folder") as caught:
@@ -160,16 +153,6 @@ def test_the_risk_of_a_promise_can_be_requested(classifier, images):
 def test_only_exits_and_the_vote_can_be_forced(classifier, exit):
     with pytest.raises(InputError, match=rf"exit = {exit} must be 0 to 2, or 3 for the vote"):
         classifier.forced(exit)
-
-
-def test_a_deadline_leaves_out_exits_whose_p95_is_late(classifier, images, monkeypatch):
-    with_costs(classifier, monkeypatch)
-    for deadline, deepest in ((1.6, 0), (3.0, 1), (9.0, 2), (100.0, 2)):
-        answer = classifier.predict(images[0], deadline_ms=deadline)
-        assert answer.point.deepest <= deepest
-        both = classifier.predict(images[0], mean_latency_ms=4.0, deadline_ms=deadline)
-        assert both.point.deepest <= deepest
-        assert classifier.policy.promised_cost(both.point, COSTS.median_ms) <= 4.0
 
 
 def test_what_cannot_be_met_names_the_nearest(classifier, images, monkeypatch):

@@ -48,7 +48,3 @@ def test_the_commands_run(here, capsys):
         places = {".": "models", "~/photo.png": "photo.png", "20": "1e6"}
         assert cli.main([places.get(argument, argument) for argument in arguments]) == 0, line
     assert capsys.readouterr().err == ""
-
-
-def test_a_newcomer_needs_ten_lines():
-    assert len(blocks("bash")[0].splitlines()) <= 10

@@ -3,14 +3,7 @@ import json
 import pytest
 from toys import replace
 
-from edgeke.device.policy import (
-    Evidence,
-    OperatingPoint,
-    Policy,
-    RequirementResult,
-    force_exit,
-    parse_policy,
-)
+from edgeke.device.policy import Evidence, OperatingPoint, Policy, RequirementResult, parse_policy
 from edgeke.errors import InputError
 
 POINT = OperatingPoint(
@@ -57,8 +50,6 @@ def test_policy_round_trip():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("no json", "not an EdgeKE policy"),
-        ("{}", "not an EdgeKE policy"),
         ("[]", "not an EdgeKE policy"),
         ("[" * 100_000, "not an EdgeKE policy"),
         (changed("surprise", value=1), "incomplete"),
@@ -67,13 +58,10 @@ def test_policy_round_trip():
         (changed("points", value=[json.loads(TEXT)["points"][0]] * 2), "names of points"),
         (changed("points", value=json.loads(TEXT)["points"][:1]), "a point for every deadline"),
         (changed("macs", value=[20, 10]), "macs"),
-        (changed("macs", value=[10, 20, 30]), "score_weights"),
         (changed("main_macs", value=10**400), "macs"),
         (TEXT.replace('"main_macs": 18', f'"main_macs": {"1" * 5000}'), "not an EdgeKE policy"),
-        (changed("temperatures", value=[1.0, 0.0]), "temperatures"),
         (changed("temperatures", value=[1.0, float("nan")]), "temperatures"),
         (changed("score", value="nonsense"), "score"),
-        (changed("score", value="margin"), "score_weights"),
         (changed("score_weights", value=[]), "score_weights"),
         (changed("score_weights", value=[[0.1] * 4, [0.1] * 7]), "score_weights"),
         (changed("delta", value=0), "delta"),
@@ -81,14 +69,10 @@ def test_policy_round_trip():
         (changed("points", 0, "votes", value=[1e-320, 0]), "votes"),
         (changed("points", 0, "votes", value=[1e308, 1e308]), "votes"),
         (changed("points", 0, "thresholds", value=[None, 1]), "thresholds"),
-        (changed("points", 0, "thresholds", value=7), "incomplete"),
         (changed("points", 0, "reached", value=[100, 101]), "reached"),
         (changed("points", 0, "wrong", value=1.5), "counts"),
-        (changed("points", 0, "samples", value=0), "samples"),
         (changed("points", 0, "evidence", value=[{"cap": 2, "degraded": 0, "wrong": 0}]), "evid"),
-        (changed("points", 0, "evidence", value=[{}]), "incomplete"),
         (changed("requirements", 0, "point", value="fast"), "requirements"),
-        (changed("requirements", value=[{}]), "incomplete"),
         (changed("default", value="fast"), "no operating point 'fast'; use one of full, exit_0"),
     ],
 )
@@ -105,8 +89,3 @@ def test_a_policy_names_its_points():
     assert replace(POLICY, requirements=(unmet,)).unmet == (unmet,)
     with pytest.raises(InputError, match="use one of full, exit_0"):
         POLICY.point("none")
-
-
-def test_forcing_thresholds():
-    assert force_exit(1, 3) == (2.0, -1.0, 2.0)
-    assert force_exit(3, 3) == (2.0, 2.0, 2.0)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from draws import draw
 
-from edgeke.device.scores import SCORES, Score, calibrated_probabilities, statistics
+from edgeke.device.scores import SCORES, Score, calibrated_probabilities
 from edgeke.policy.learned import fit_learned
 from edgeke.policy.ranking import area_under_risk_coverage, auroc
 
@@ -26,14 +26,6 @@ def test_every_score_lies_in_0_to_1(name):
         assert scores.shape == (3, 300)
         assert scores.dtype == np.float32
         assert ((scores >= 0) & (scores <= 1)).all()
-
-
-def test_statistics_hold_this_and_earlier_exits_only():
-    probabilities = calibrated_probabilities(draw(50).logits, [1.0] * 3)
-    assert [statistics(probabilities, e).shape for e in range(3)] == [(50, 3), (50, 7), (50, 11)]
-    assert np.array_equal(statistics(probabilities[:2], 1), statistics(probabilities, 1))
-    both = (probabilities[0] * probabilities[2]).sum(axis=-1)
-    assert np.allclose(statistics(probabilities, 2)[:, 9], both)
 
 
 def test_the_learned_score_sees_what_one_exit_cannot():
@@ -67,16 +59,3 @@ def test_ranking_by_hand():
     perfect = np.array([True, True, True, False])
     assert auroc(scores, perfect) == 1
     assert area_under_risk_coverage(scores, perfect) == pytest.approx(1 / 16)
-
-
-def test_equal_scores_count_as_every_order():
-    scores, right = np.ones(4, np.float32), np.array([True, False, False, True])
-    assert area_under_risk_coverage(scores, right) == pytest.approx(0.5)
-    assert auroc(scores, right) == 0.5
-
-
-def test_nothing_wrong_is_ranked_well():
-    scores = np.array([0.5, 0.6], np.float32)
-    assert auroc(scores, np.array([True, True])) == 1
-    assert auroc(scores, np.array([False, False])) == 1
-    assert area_under_risk_coverage(scores, np.array([True, True])) == 0

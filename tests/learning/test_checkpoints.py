@@ -67,6 +67,9 @@ def test_weights_of_another_network_are_refused(saved: Path):
     file.write_text(json.dumps(described))
     with pytest.raises(InputError, match="not the checkpoint its JSON describes"):
         load_checkpoint(saved, CPU)
+    file.write_text(json.dumps({**described, "architecture": {"backbone": "resnet18"}}))
+    with pytest.raises(InputError, match="not the description of an EdgeKE network"):
+        load_checkpoint(saved, CPU)
 
 
 def test_missing_files_are_named(saved: Path):

@@ -6,13 +6,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 from scipy.stats import entropy, wasserstein_distance
 
-from edgeke.learning.distances import (
-    DISTANCES,
-    class_costs,
-    dkd,
-    kl,
-    wasserstein_classes,
-)
+from edgeke.learning.distances import DISTANCES, class_costs, dkd, kl, wasserstein_classes
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5])
 COSTS = class_costs(
@@ -76,27 +70,11 @@ def test_class_aware_wasserstein_is_near_the_linear_programme():
         assert float(value) == pytest.approx(exact, abs=0.1)
 
 
-def test_class_aware_wasserstein_between_sure_answers_is_their_cost():
-    sure = 1e4 * torch.eye(7, dtype=torch.float64)
-    for other in (1, 4):
-        value = wasserstein_classes(sure[0], sure[other], 1.0, COSTS)
-        assert float(value) == pytest.approx(float(COSTS[0, other]), abs=1e-9)
-
-
 def test_the_classes_matter_to_one_wasserstein_and_not_to_the_other():
     teacher = torch.tensor([[4.0, 1, 0, 0, 0, 0, 0]], dtype=torch.float64)
     swapped = teacher[:, [1, 0, 2, 3, 4, 5, 6]]
     assert float(distance("wasserstein", swapped, teacher, 1.0)) == 0
     assert float(distance("wasserstein_classes", swapped, teacher, 1.0)) > 0.05
-
-
-def test_costs_are_cheap_between_similar_classes():
-    vectors = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.2]])
-    costs = class_costs(vectors)
-    assert torch.equal(costs.diagonal(), torch.zeros(3))
-    assert torch.allclose(costs, costs.T)
-    assert costs[0, 1] < costs[0, 2]
-    assert costs.max() == 1
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -107,12 +85,6 @@ def test_the_gradient_is_the_true_one_and_not_zero(name):
     distance(name, student, teacher, 2.0).sum().backward()
     assert student.grad is not None
     assert (student.grad.abs().sum(dim=-1) > 1e-4).all()
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_zero_when_the_student_equals_the_teacher(name):
-    same = logits(0)
-    assert distance(name, same, same.clone(), 4.0).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("name", DISTANCES)

@@ -108,27 +108,3 @@ def test_the_published_weights_of_wasserstein(factor):
     expected = expected + distance_weight * 16 * distance
     loss = make_objective(kd, teacher, paper_factor=factor)(student, images, LABELS)["loss"]
     assert torch.allclose(loss, expected, atol=1e-6)
-
-
-def test_none_means_no_teacher():
-    assert isinstance(make_objective(replace(HALF, distance="none"), None), CrossEntropy)
-    with pytest.raises(ValueError, match="needs a teacher"):
-        make_objective(HALF, None)
-
-
-@pytest.mark.parametrize(
-    ("source", "main", "joint", "count", "from_main"),
-    [
-        ("teacher", None, True, 1, False),
-        ("main", None, True, 0, True),
-        ("both", None, True, 1, True),
-        ("main", nn.Identity(), False, 1, False),
-        ("both", nn.Identity(), False, 2, False),
-        ("main", None, False, 1, False),  # a branch alone: only the teacher is there
-    ],
-)
-def test_who_supervises(source, main, joint, count, from_main):
-    objective = make_objective(replace(HALF, source=source), real_teacher(), main=main, joint=joint)
-    assert isinstance(objective, Distillation)
-    assert len(objective.supervisors) == count
-    assert objective.from_main is from_main

@@ -52,15 +52,6 @@ def test_a_phase_moves_only_what_it_says(network, order):
         assert exits == set(phase.exits)
 
 
-@pytest.mark.parametrize("order", ["asynchronous", "asynchronous_back", "mixed"])
-@torch.no_grad()
-def test_the_view_answers_like_the_network(network, order):
-    images = torch.randn(4, 1, SIZE, SIZE)
-    for phase in ORDERS[order](network.attached).phases:
-        view = phase_network(network, phase).eval()
-        assert torch.equal(view(images), network(images)[list(phase.exits)])
-
-
 @torch.no_grad()
 def test_independent_branches_lie_side_by_side(architecture):
     side_by_side = BranchyNet(replace(architecture, shared=False))

@@ -14,16 +14,10 @@ from safetensors.torch import load_file
 from toys import ROOT, with_recipe
 from workplaces import finish, start, wait_until, write_params
 
-from edgeke.learning.fit import fit, make_optimiser
+from edgeke.learning.fit import fit
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
-from edgeke.learning.resume import (
-    ResumeFile,
-    code_hash,
-    fingerprint,
-    load_optimiser,
-    optimiser_tensors,
-)
+from edgeke.learning.resume import ResumeFile, code_hash, fingerprint
 from edgeke.learning.trained import Trained
 from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
@@ -49,32 +43,6 @@ def test_code_that_weights_depend_on_changes_the_key(tmp_path: Path):
         hashes.append(code_hash.__wrapped__(package))
     assert hashes[0] == hashes[1] == hashes[2]
     assert len(set(hashes)) == 4
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
-def test_the_optimisers_state_survives(network, plan, kind):
-    optimisation = with_recipe(plan, optimiser=kind).optimisation
-    images = torch.randn(4, 1, 8, 8)
-
-    def step(optimiser):
-        optimiser.zero_grad()
-        network(images).square().sum().backward()
-        optimiser.step()
-
-    first = make_optimiser(network, optimisation)
-    step(first)
-    saved, weights = (
-        optimiser_tensors(first),
-        {k: v.clone() for k, v in network.state_dict().items()},
-    )
-    saved = {name: tensor.clone() for name, tensor in saved.items()}
-    step(first)
-    expected = fingerprint(network)
-    network.load_state_dict(weights)
-    second = make_optimiser(network, optimisation)
-    load_optimiser(second, saved)
-    step(second)
-    assert fingerprint(network) == expected
 
 
 def train(dataset, plan, slot: str, die_at: int | None = None) -> Trained | None:

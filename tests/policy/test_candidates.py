@@ -11,12 +11,6 @@ from edgeke.policy.tuning import tune
 COSTS = (0.4, 0.7, 1.2)
 
 
-def test_budgets_are_between_the_exits_costs():
-    budgets = budgets_by_cap((0.42, 0.58, 0.6), 11)
-    assert budgets == {0: [], 1: [0.48, 0.54], 2: [0.45, 0.48, 0.51, 0.54, 0.57]}
-    assert budgets_by_cap((0.44, 0.6), 7) == {0: [], 1: [0.48, 0.52, 0.56]}  # not the ends
-
-
 @pytest.mark.parametrize("exits", [2, 3, 4, 5, 9, 17])
 def test_the_number_of_points_is_bounded(exits):
     for first in (0.05, 0.4, 0.9):
@@ -24,10 +18,6 @@ def test_the_number_of_points_is_bounded(exits):
         assert len(budgets) == min(exits, 5)
         assert {0, exits - 1} <= set(budgets)
         assert 18 <= sum(map(len, budgets.values())) + len(budgets) + 1 <= 30
-
-
-def test_no_budget_between_exits_that_cost_nearly_the_same():
-    assert budgets_by_cap((1.001, 1.002), 30) == {0: [], 1: []}
 
 
 def sequences(split: ExitLogits, costs=COSTS, points: int = 30):

@@ -3,12 +3,7 @@ import pytest
 
 from edgeke.device.scores import calibrated_probabilities
 from edgeke.policy.intervals import share_interval
-from edgeke.policy.temperatures import (
-    calibration_error,
-    fit_temperature,
-    negative_log_likelihood,
-    reliability,
-)
+from edgeke.policy.temperatures import calibration_error, fit_temperature, negative_log_likelihood
 from edgeke.policy.votes import fit_votes
 
 
@@ -37,16 +32,6 @@ def test_the_right_temperature_has_the_least_calibration_error():
     assert negative_log_likelihood(logits, labels, 3.0) < negative_log_likelihood(
         logits, labels, 1.0
     )
-
-
-def test_reliability_rows_by_hand():
-    probabilities = np.array([[0.95, 0.05], [0.92, 0.08], [0.55, 0.45]], np.float32)
-    rows = reliability(probabilities, np.array([0, 1, 0]))
-    assert [row["count"] for row in rows] == [1, 2]
-    assert rows[1]["accuracy"] == 0.5
-    assert rows[1]["confidence"] == pytest.approx(0.935)
-    expected = (2 * abs(0.5 - 0.935) + abs(1 - 0.55)) / 3
-    assert calibration_error(probabilities, np.array([0, 1, 0]), bins=10) == pytest.approx(expected)
 
 
 def test_fitted_votes_beat_every_single_exit_and_equal_votes():

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,15 +16,7 @@ from edgeke.graph.segments import export_segments
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.tracking.results import RESULTS
 from edgeke.tracking.runs import stage_run
-from edgeke.tracking.store import project_root, store_uri
-
-
-@pytest.fixture
-def loaded(request) -> params.Params:
-    """params.yaml, with an experiment of the test's own."""
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content["tracking"]["experiment"] = re.sub(r"\W+", "-", request.node.name)
-    return params.parse(content)
+from edgeke.tracking.store import store_uri
 
 
 class Experiment:
@@ -38,25 +29,25 @@ class Experiment:
     def client(self):
         from mlflow import MlflowClient
 
-        return MlflowClient(store_uri(project_root()))
+        return MlflowClient(store_uri())
 
     @property
     def runs(self) -> list:
-        found = self.client.get_experiment_by_name(self.name)
-        return self.client.search_runs([found.experiment_id]) if found else []
+        known = self.client.get_experiment_by_name(self.name)
+        return self.client.search_runs([known.experiment_id]) if known else []
 
     @property
     def parents(self) -> list:
         return [run for run in self.runs if "mlflow.parentRunId" not in run.data.tags]
 
     @property
-    def children(self) -> dict[str, SimpleNamespace]:
+    def children(self) -> dict:
         """By stage; of several the newest."""
         below = [run for run in self.runs if "mlflow.parentRunId" in run.data.tags]
         return {run.data.tags["edgeke.stage"]: run for run in reversed(below)}
 
     def curve(self, stage: str, key: str = "train/loss") -> list[tuple[int, float]]:
-        return self.history(self.children[stage], key)
+        return sorted(self.history(self.children[stage], key))
 
     def history(self, run, key: str = "train/loss") -> list[tuple[int, float]]:
         return [(m.step, m.value) for m in self.client.get_metric_history(run.info.run_id, key)]
@@ -66,23 +57,40 @@ class Experiment:
         return {
             run.info.run_id: (
                 run.info.status,
+                run.info.end_time,
                 run.data.params,
                 run.data.tags,
-                {
-                    key: [
-                        (m.step, m.value, m.timestamp)
-                        for m in self.client.get_metric_history(run.info.run_id, key)
-                    ]
-                    for key in run.data.metrics
-                },
+                {key: self.history(run, key) for key in run.data.metrics},
             )
             for run in self.runs
         }
 
 
+def write_params(folder: Path, experiment: str, on_failure: str = "fail") -> Path:
+    """A folder whose runs land in an experiment."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content["tracking"].update(experiment=experiment, on_failure=on_failure)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
 @pytest.fixture
-def experiment(loaded) -> Experiment:
-    return Experiment(loaded.tracking.experiment)
+def experiment(request) -> Experiment:
+    """An experiment of the test's own."""
+    return Experiment(re.sub(r"\W+", "-", request.node.name))
+
+
+@pytest.fixture
+def loaded(experiment, tmp_path: Path) -> params.Params:
+    """params.yaml, with that experiment."""
+    return params.load(write_params(tmp_path, experiment.name) / "params.yaml")
+
+
+@pytest.fixture
+def repository(here: Path, loaded) -> Path:
+    """The working folder, with that params.yaml."""
+    return here
 
 
 def run_stage(stage: str, loaded: params.Params, metrics=None, rows=(), headline=None) -> None:
@@ -120,6 +128,13 @@ def run_pipeline(loaded: params.Params, headline=HEADLINE) -> None:
     run_stage("evaluate", loaded, EVALUATED, headline=headline)
 
 
+def check_curves(experiment: Experiment) -> None:
+    """The two curves of `ROWS` are there, each point once."""
+    for branch in (0, 1):
+        expected = [(row["epoch"], row["train/loss"]) for row in ROWS if row["branch"] == branch]
+        assert experiment.curve("distill", f"train/branch_{branch}/loss") == expected
+
+
 @pytest.fixture(scope="session")
 def models(architecture, dataset, tmp_path_factory) -> Path:
     """A folder of models as the stages leave it: fp32 and int8."""
@@ -129,18 +144,3 @@ def models(architecture, dataset, tmp_path_factory) -> Path:
     coarse = quantise_segments(segments, channels_last(dataset["train"].images))
     build(folder, segments, "margin", "", dataset)
     return build(folder, coarse, "margin", ".int8", dataset)
-
-
-def write_params(folder: Path, experiment: str, on_failure: str = "fail") -> Path:
-    """A folder whose runs land in an experiment."""
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content["tracking"].update(experiment=experiment, on_failure=on_failure)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "params.yaml").write_text(yaml.safe_dump(content))
-    return folder
-
-
-@pytest.fixture
-def repository(here: Path, experiment: Experiment) -> Path:
-    """The working folder with a params.yaml that names the test's experiment."""
-    return write_params(here, experiment.name)

