@@ -18,7 +18,7 @@ from edgeke.files import write_files
 from edgeke.graph.parity import check_close
 from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.runner import segment_logits
-from edgeke.graph.segments import export_segments, export_static
+from edgeke.graph.segments import export_segments, export_static, list_blocks
 from edgeke.learning.checkpoints import Preprocessing
 from edgeke.learning.predict import predict
 from edgeke.networks.branchynet import BranchyNet
@@ -70,7 +70,13 @@ def export(
     names = tuple(f"{exit}.onnx" for exit in range(len(exits)))
     macs = tuple(cost.macs for cost in exits)
     manifest = Manifest(
-        names, macs, main_macs, preprocessing.classes, (size, size, channels), preprocessing.bits
+        names,
+        macs,
+        main_macs,
+        preprocessing.classes,
+        (size, size, channels),
+        preprocessing.bits,
+        list_blocks(network, size),
     )
     files = {}
     for precision, parts in (("fp32", segments), ("int8", segments_int8)):
