@@ -54,6 +54,8 @@ def log_stage(client: "MlflowClient", root: Path, record: Record) -> "Run":
     curve = _read_history(RESULTS / record.stage / "history.csv")
     metrics = RESULTS / record.stage / "metrics.json"
     _log_missing(client, child, curve, read_json(metrics) if metrics.exists() else {}, record)
+    for table in sorted((RESULTS / record.stage).glob("*.csv")):
+        client.log_artifact(child.info.run_id, str(table))
     client.set_terminated(child.info.run_id, "FINISHED", record.ended)
     parent = client.get_run(child.data.tags[PARENT])
     if parent.info.status == "RUNNING":
