@@ -145,12 +145,9 @@ def _print_blocks(profile: BlockProfile, exit: int | None) -> None:
             f"{row.macs:13,} {row.parameters:11,} {row.output_bytes_fp32:11,} "
             f"{row.output_bytes_int8:9,}"
         )
-    print(
-        f"kernels    {profile.kernels}: add up to {profile.share:.3f} of the whole cascade without "
-        f"the profiler, in {len(profile.whole_ms)} rounds"
-    )
-    own = 1e3 * profile.overhead_ms
-    print(f"profiler   its own time, {own:.1f} us for each kernel, is not counted")
+    print(f"kernels    {profile.kernels}: add up to {profile.share:.3f} of the whole cascade")
+    own, rounds = 1e3 * profile.overhead_ms, len(profile.whole_ms)
+    print(f"           less {own:.1f} us of the profiler's own in each; {rounds} rounds")
 
 
 def _print_costs(measured: Profile) -> None:

@@ -65,6 +65,8 @@ def test_a_pipeline_without_a_store_is_logged_in_full_once_it_is_back(
         expected = [(row["epoch"], row["train/loss"]) for row in ROWS if row["branch"] == branch]
         assert experiment.curve("distill", f"train/branch_{branch}/loss") == expected
     assert experiment.children["evaluate"].data.metrics == EVALUATED
+    distill = experiment.children["distill"].info.run_id
+    assert [table.path for table in experiment.client.list_artifacts(distill)] == ["history.csv"]
     record = read_json(repository / "results" / "distill" / "run.json")
     assert experiment.children["distill"].info.start_time == record["started"]
 
