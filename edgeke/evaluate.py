@@ -36,13 +36,15 @@ class Evaluation:
     """Metrics, policies by precision, rows of the pictures, and the device in words.
 
     `frontier`: accuracy against cost. `leavers`: for each named point and exit the share of images
-    that left there, their accuracy, and the mean latency of those that were timed.
+    that left there, their accuracy, and the mean latency of those that were timed. `profile`: each
+    block and exit of both precisions.
     """
 
     metrics: dict[str, float]
     policies: dict[str, Policy]
     frontier: list[Row]
     leavers: list[Row]
+    profile: list[Row]
     device: dict[str, object]
 
 
@@ -113,7 +115,12 @@ def evaluate(
         "threads": list(settings.threads),
         "machine": measured.machine,
     }
-    return Evaluation(metrics, policies, frontier, leavers, device)
+    profile: list[Row] = [
+        {"precision": precision, **asdict(row)}
+        for precision, rows in measured.blocks.items()
+        for row in rows
+    ]
+    return Evaluation(metrics, policies, frontier, leavers, profile, device)
 
 
 def _measure(

@@ -19,7 +19,7 @@ from edgeke.graph.parity import check_close
 from edgeke.graph.quantise import has_depthwise, quantise_segments
 from edgeke.graph.refit import refit_heads
 from edgeke.graph.runner import segment_logits
-from edgeke.graph.segments import export_segments, export_static
+from edgeke.graph.segments import export_segments, export_static, list_blocks
 from edgeke.learning.checkpoints import Preprocessing
 from edgeke.learning.predict import predict
 from edgeke.networks.branchynet import BranchyNet
@@ -81,7 +81,13 @@ def export(
     names = tuple(f"{exit}.onnx" for exit in range(len(exits)))
     macs = tuple(cost.macs for cost in exits)
     manifest = Manifest(
-        names, macs, main_macs, preprocessing.classes, (size, size, channels), preprocessing.bits
+        names,
+        macs,
+        main_macs,
+        preprocessing.classes,
+        (size, size, channels),
+        preprocessing.bits,
+        list_blocks(network, size),
     )
     files = {}
     for precision, parts in (("fp32", segments), ("int8", segments_int8)):

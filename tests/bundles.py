@@ -17,7 +17,9 @@ from edgeke.policy.samples import ExitLogits
 MACS, MAIN = (60, 80, 110), 90
 
 
-def build(folder: Path, segments: list, score: str, suffix: str, dataset: Dataset) -> Path:
+def build(
+    folder: Path, segments: list, score: str, suffix: str, dataset: Dataset, blocks: tuple = ()
+) -> Path:
     """A folder with the one file and the segments of a precision."""
     place = folder / "segments" / (suffix[1:] or "fp32")
     place.mkdir(parents=True)
@@ -25,7 +27,7 @@ def build(folder: Path, segments: list, score: str, suffix: str, dataset: Datase
     for model, file in zip(segments, files, strict=True):
         onnx.save(model, file)
     names = tuple(file.name for file in files)
-    manifest = Manifest(names, MACS, MAIN, CLASSES, (SIZE, SIZE, 1))
+    manifest = Manifest(names, MACS, MAIN, CLASSES, (SIZE, SIZE, 1), blocks=blocks)
     (place / MANIFEST).write_text(manifest.to_json())
     validation, calibration = (
         ExitLogits(

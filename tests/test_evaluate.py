@@ -17,7 +17,7 @@ from edgeke.errors import InputError
 from edgeke.evaluate import Evaluation, evaluate, headline, kept
 from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.runner import segment_logits
-from edgeke.graph.segments import export_segments, export_static
+from edgeke.graph.segments import export_segments, export_static, list_blocks
 from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import with_layout
@@ -53,7 +53,8 @@ def built(dataset, tmp_path_factory):
         folder.mkdir(parents=True)
         for number, graph in enumerate(graphs):
             onnx.save(graph, folder / f"{number}.onnx")
-        manifest = Manifest(("0.onnx", "1.onnx", "2.onnx"), MACS, MAIN, CLASSES, (SIZE, SIZE, 1))
+        names, blocks = ("0.onnx", "1.onnx", "2.onnx"), list_blocks(network, SIZE)
+        manifest = Manifest(names, MACS, MAIN, CLASSES, (SIZE, SIZE, 1), blocks=blocks)
         (folder / MANIFEST).write_text(manifest.to_json())
         files = [folder / name for name in manifest.segments]
         done = calibrate(files, manifest, dataset.splits, chosen, reference)
@@ -124,6 +125,29 @@ def test_everything_is_measured_for_each_number_of_threads(evaluation):
     assert evaluation.device["device"] == "local"
     assert evaluation.device["threads"] == [1, 2]
     assert set(evaluation.device["machine"]) >= {"processor", "onnxruntime"}
+
+
+def test_the_profile_has_every_block_of_both_precisions(evaluation):
+    tables = {
+        precision: [row for row in evaluation.profile if row["precision"] == precision]
+        for precision in PREFIXES
+    }
+    names = ["normalise", "stem", "layer1.0", "layer2.0", "layer3.0", "layer4.0"]
+    for precision, rows in tables.items():
+        assert [row["name"] for row in rows if row["kind"] == "block"] == names
+        assert [row["name"] for row in rows if row["kind"] == "exit"] == [
+            "exit_0",
+            "exit_1",
+            "exit_2",
+        ]
+        until = [row["cumulative_ms"] for row in rows[:-1]]
+        assert until[0] > 0
+        assert until == sorted(until)
+        whole = evaluation.metrics[f"{PREFIXES[precision]}exit_2/latency_ms_median"]
+        assert rows[-1]["cumulative_ms"] == pytest.approx(whole, rel=0.8), "the same path"
+    costs = ("name", "macs", "parameters", "output_bytes_fp32", "output_bytes_int8")
+    fp32, int8 = ([[row[key] for key in costs] for row in rows] for rows in tables.values())
+    assert fp32 == int8
 
 
 def test_static_networks_are_baselines_of_the_exits(evaluation):

@@ -59,7 +59,9 @@ def test_the_plots_draw(clone: Path):
     shown = json.loads(run(clone, "dvc", "plots", "show", "--json"))
     assert shown.get("errors") in (None, [])
     names = {"training loss", "accuracy against cost", "exit shares"}
-    assert set(shown["data"]) == names | {"reliability"}
+    assert set(shown["data"]) == names | {"reliability", "profile"}
+    profile = shown["data"]["profile"][0]["content"]["data"]["values"]
+    assert {"normalise", "layer4.0"} <= {row["name"] for row in profile}
     frontier = shown["data"]["accuracy against cost"][0]["content"]["data"]["values"]
     assert {"full", "exit_0", "main", "teacher"} <= {row["name"] for row in frontier}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnxruntime
 
 from edgeke.device.decode import BITS
-from edgeke.device.manifest import MANIFEST, read_manifest
+from edgeke.device.manifest import MANIFEST, Block, parse_blocks, read_manifest
 from edgeke.device.policy import Policy, parse_policy
 from edgeke.errors import InputError
 
@@ -31,10 +31,10 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Metadata:
-    """The one file's metadata: policy, class names, image shape `(H, W, C)`, bits, segments.
+    """The one file's metadata: policy, class names, image shape `(H, W, C)`, and more.
 
     `bits`: significant bits of 16-bit pictures. `segments_sha256`: see `segments_hash`; None in
-    files of older versions.
+    files of older versions, where `blocks` are empty.
     """
 
     policy: Policy
@@ -42,6 +42,7 @@ class Metadata:
     image_shape: tuple[int, int, int]
     bits: int
     segments_sha256: str | None
+    blocks: tuple[Block, ...]
 
 
 def find_bundle(path: Path, precision: str | None = None) -> Bundle:
@@ -84,6 +85,7 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
         classes = tuple(map(str, json.loads(metadata["classes"])))
         height, width, channels = json.loads(metadata["image_shape"])
         bits = json.loads(metadata.get("bits", str(BITS)))
+        blocks = parse_blocks(json.loads(metadata.get("blocks", "[]")))
         fits = bits in range(8, 17) and shapes == {
             "image": [1, height, width, channels],
             "thresholds": [len(policy.macs)],
@@ -93,13 +95,13 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
         }
         if not fits:
             raise InputError("its metadata does not fit its graph")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{name} is no one-file model of EdgeKE, or is damaged: {error}; give edgeke.onnx or "
             "edgeke.int8.onnx of a bundle"
         ) from error
     shape = (height, width, channels)
-    return Metadata(policy, classes, shape, bits, metadata.get("segments_sha256"))
+    return Metadata(policy, classes, shape, bits, metadata.get("segments_sha256"), blocks)
 
 
 def read_segments(folder: Path, metadata: Metadata, model: Path) -> list[Path]:

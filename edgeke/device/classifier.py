@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeke.device.blocks import BlockProfile, profile_blocks
 from edgeke.device.bundle import find_bundle, read_metadata, read_segments
 from edgeke.device.choice import Request, UnmetError, choose
 from edgeke.device.images import check_image, check_images
@@ -96,6 +97,11 @@ class Classifier:
         self._plans: dict[tuple[Request, Profile | None], _Plan] = {}
 
     @property
+    def lists_blocks(self) -> bool:
+        """Whether the model can be profiled block by block: those of older versions cannot."""
+        return bool(self._metadata.blocks)
+
+    @property
     def measured(self) -> Profile | None:
         """What this device's costs were measured to be; None before anything was."""
         return self._measured
@@ -111,6 +117,25 @@ class Classifier:
         """
         with self._profiling:
             return self._measure(rounds, seconds)
+
+    def profile_blocks(self, rounds: int = _ROUNDS, seconds: float = 30.0) -> BlockProfile:
+        """Measure every block, exit and decision here, on noise; nothing is kept.
+
+        Errors: InputError for a model of an older version, and for fewer than one round.
+        """
+        if not self._metadata.blocks:
+            raise InputError(
+                f"{self.bundle.model} does not list its blocks, as it was exported by an older "
+                "version of EdgeKE; export the model again"
+            )
+        exits = len(self.policy.macs)
+        feeds: dict[str, NDArray[Any]] = {
+            "image": self._noise()[None],
+            "thresholds": np.asarray(force_exit(exits - 1, exits), np.float32),
+            "votes": np.asarray(self.policy.points[0].votes, np.float32),
+        }
+        blocks, model = self._metadata.blocks, self.bundle.model
+        return profile_blocks(model, blocks, feeds, self.threads, rounds, seconds)
 
     def predict(
         self,
@@ -245,13 +270,15 @@ class Classifier:
         return Prediction(label, self.classes[label], probabilities, exit, seconds * 1e3, point)
 
     def _measure(self, rounds: int, seconds: float) -> Profile:
-        noise = np.random.default_rng(0).integers(0, 256, self.image_shape, np.uint8)
-        exits = len(self.policy.macs)
+        noise, exits = self._noise(), len(self.policy.macs)
         runs = [self.forced(exit) for exit in range(exits)]
         measured = measure_costs(lambda exit: runs[exit](noise), exits, rounds, seconds)
         self._measured = measured
         write_profile(self._profile_path, self._conditions, measured)
         return measured
+
+    def _noise(self) -> NDArray[np.uint8]:
+        return np.random.default_rng(0).integers(0, 256, self.image_shape, np.uint8)
 
     def _plan(
         self, mean_latency_ms: float | None, deadline_ms: float | None, *promised: float | None

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeke.device.benchmark import benchmark
+from edgeke.device.blocks import BlockProfile
 from edgeke.device.bundle import PRECISIONS
 from edgeke.device.classifier import Classifier
 from edgeke.device.decode import BITS, read_image
+from edgeke.device.measure import run_fresh
 from edgeke.device.profile import Profile
 from edgeke.errors import InputError, report
 
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.command == "info":
             _info(classifier)
         elif options.command == "profile":
-            _print_profile(classifier, classifier.profile(options.rounds))
+            _profile(classifier, options)
         elif options.command == "predict":
             return _predict(classifier, options)
         else:
@@ -56,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         "profile", parents=[shared], help="measure this device and keep the costs beside the model"
     )
     profile.add_argument("--rounds", type=int, default=200)
+    mode = profile.add_mutually_exclusive_group()
+    mode.add_argument("--backbone", action="store_true", help="blocks and the main exit alone")
+    mode.add_argument("--exit", type=int, help="the way to this exit alone (default: all exits)")
     predict = commands.add_parser("predict", parents=[shared], help="answer images")
     predict.add_argument(
         "images", type=Path, nargs="+", help="pictures (with Pillow) or .npy files"
@@ -107,9 +112,42 @@ def _info(classifier: Classifier) -> None:
         print(f"{label:{wide}} {cost:7.3f} {point.accuracy:9.4f} {promises}")
 
 
-def _print_profile(classifier: Classifier, measured: Profile) -> None:
+def _profile(classifier: Classifier, options: argparse.Namespace) -> None:
+    """Costs of the exits, which are kept; then of blocks, where the model lists them."""
+    exits, threads = len(classifier.policy.macs), classifier.threads
+    if options.exit is not None and options.exit not in range(exits):
+        raise InputError(f"exit = {options.exit} must be 0 to {exits - 1}")
+    one = exits - 1 if options.backbone else options.exit
+    blocks = None
+    if classifier.lists_blocks or one is not None:
+        blocks = classifier.profile_blocks(options.rounds)
+    measured = classifier.profile(options.rounds)
     _print_costs(measured)
-    print(f"rounds     {measured.rounds}, {classifier.threads or 'all'} threads")
+    print(f"rounds     {measured.rounds}, {threads or 'all'} threads")
+    if blocks is None:
+        print("blocks     not listed in this file; export the model again for their costs")
+    else:
+        _print_blocks(blocks, one)
+    peak = run_fresh(classifier.bundle.model, threads)["peak_memory_mib"]
+    print(f"memory     {peak:.1f} MiB at most in a fresh process, Python and ONNX Runtime included")
+
+
+def _print_blocks(profile: BlockProfile, exit: int | None) -> None:
+    rows = profile.cascade() if exit is None else profile.path(exit)
+    wide = max(len(row.name) for row in rows)
+    print(
+        f"\n{'':{wide}} {'median':>9} {'p95':>9} {'sum of ms':>9} {'MACs':>13} {'parameters':>11} "
+        f"{'bytes fp32':>11} {'int8':>9}"
+    )
+    for row in rows:
+        print(
+            f"{row.name:{wide}} {row.median_ms:9.3f} {row.p95_ms:9.3f} {row.cumulative_ms:9.3f} "
+            f"{row.macs:13,} {row.parameters:11,} {row.output_bytes_fp32:11,} "
+            f"{row.output_bytes_int8:9,}"
+        )
+    print(f"kernels    {profile.kernels}: add up to {profile.share:.3f} of the whole cascade")
+    own, rounds = 1e3 * profile.overhead_ms, len(profile.whole_ms)
+    print(f"           less {own:.1f} us of the profiler's own in each; {rounds} rounds")
 
 
 def _print_costs(measured: Profile) -> None:

@@ -1,8 +1,10 @@
 """segments.json: what the segments beside it are, for those who compose or run them."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from edgeke.device.decode import BITS
 from edgeke.errors import InputError
@@ -11,11 +13,30 @@ MANIFEST = "segments.json"
 
 
 @dataclass(frozen=True)
+class Block:
+    """A part of a network that is timed as one, per image.
+
+    `kind`: `block`, between two cut points, named after the one where it ends; or `exit`, body and
+    head, named `exit_<e>`. `exit`: the segment it is in. `shape`: of its output. `nodes`: what the
+    names of its nodes in the segment's graph begin with.
+    """
+
+    name: str
+    kind: str
+    exit: int
+    macs: int
+    parameters: int
+    shape: tuple[int, ...]
+    nodes: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One precision's files in order, MACs per exit `[E]`, class names, image shape `(H, W, C)`.
 
     `main_macs` are those of the main exit without the other exits' branches: the plain network.
-    `bits`: significant bits of 16-bit pictures.
+    `bits`: significant bits of 16-bit pictures. `blocks`, in order of execution: none in files of
+    older versions.
     """
 
     segments: tuple[str, ...]
@@ -24,6 +45,7 @@ class Manifest:
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     bits: int = BITS
+    blocks: tuple[Block, ...] = ()
 
     def to_json(self) -> str:
         """The text of segments.json."""
@@ -42,8 +64,14 @@ def read_manifest(folder: Path) -> Manifest:
             classes=tuple(content["classes"]),
             image_shape=tuple(content["image_shape"]),
             bits=content.get("bits", BITS),
+            blocks=parse_blocks(content.get("blocks", ())),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} cannot be read ({error}); copy the whole bundle, or export the model, again"
         ) from error
+
+
+def parse_blocks(rows: Iterable[Mapping[str, Any]]) -> tuple[Block, ...]:
+    """Blocks from JSON values. Errors: KeyError or TypeError where a row is something else."""
+    return tuple(Block(**{**row, "shape": tuple(row["shape"])}) for row in rows)

@@ -7,6 +7,7 @@ It writes `out/measurements.json` and `out/answers.npz`.
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from edgeke.device.blocks import BlockRow
 from edgeke.device.classifier import Classifier
 from edgeke.device.profile import processor
 from edgeke.device.session import open_session
@@ -87,19 +89,25 @@ class Measurements:
     """What a device measured.
 
     `metrics` by network or setting and quantity, such as `int8/default/latency_ms_mean`; `traces`
-    of the settings with thresholds; `machine`: names and versions.
+    of the settings with thresholds; `machine`: names and versions; `blocks` by precision: none for
+    a model that does not list them.
     """
 
     metrics: dict[str, float]
     traces: dict[str, Trace]
     machine: dict[str, str]
+    blocks: dict[str, list[BlockRow]]
 
     @classmethod
     def from_json(cls, text: str) -> "Measurements":
         """Read the text of measurements.json: `asdict` as JSON."""
         content = json.loads(text)
         traces = {name: Trace(**trace) for name, trace in content.pop("traces").items()}
-        return cls(traces=traces, **content)
+        blocks = {
+            precision: [BlockRow(**row) for row in rows]
+            for precision, rows in content.pop("blocks").items()
+        }
+        return cls(traces=traces, blocks=blocks, **content)
 
 
 def measure(job: Job) -> tuple[Measurements, dict[str, NDArray[np.float32]]]:
@@ -117,8 +125,13 @@ def measure(job: Job) -> tuple[Measurements, dict[str, NDArray[np.float32]]]:
         more = _time(_open(job, threads), timed)
         metrics |= _summaries(more, job.deadline_ms, f"threads_{threads}/")
     metrics |= _throughput(job, runs, images)
+    blocks = {}
+    for precision in job.batches.values():
+        classifier = Classifier(_MODELS, precision, first)
+        if classifier.lists_blocks:
+            blocks[precision] = classifier.profile_blocks(job.latency_images).cascade()
     for name, file in job.networks.items():
-        needs = _alone(_MODELS / file, first)
+        needs = run_fresh(_MODELS / file, first)
         metrics |= {f"{name}/{key}": value for key, value in needs.items()}
     traces, answers = {}, {}
     for name, setting in job.settings.items():
@@ -135,7 +148,7 @@ def measure(job: Job) -> tuple[Measurements, dict[str, NDArray[np.float32]]]:
         "onnxruntime": onnxruntime.__version__,
         "numpy": np.__version__,
     }
-    return Measurements(metrics, traces, machine), answers
+    return Measurements(metrics, traces, machine, blocks), answers
 
 
 def _open(job: Job, threads: int) -> dict[str, _Run]:
@@ -197,10 +210,11 @@ def _throughput(job: Job, runs: Mapping[str, _Run], images: _Images) -> dict[str
     return metrics
 
 
-def _alone(file: Path, threads: int) -> dict[str, float]:
+def run_fresh(file: Path, threads: int) -> dict[str, float]:
     """A file's size, and what a fresh process needs to load and to run it."""
     command = [sys.executable, "-m", "edgeke.device.measure", "--alone", str(file), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # as this process imports
+    done = subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"{file} cannot be run alone: {done.stderr.strip()}")
     needs: dict[str, float] = json.loads(done.stdout)

@@ -104,6 +104,8 @@ def _level(
         _outputs(f"{name}then_"),
     )
     other = _vote(len(segments)) if last else _level(exit + 1, segments, score, temperatures)
+    for node in nodes:
+        node.name = node.name or node.output[0]  # tells a profile whose time it is
     nodes.append(
         helper.make_node(
             "If",

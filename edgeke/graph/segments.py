@@ -10,9 +10,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from edgeke.device.manifest import Block
 from edgeke.graph.compose import IR_VERSION, OPSET
 from edgeke.graph.padding import fold_padding
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.cost import count_module
 
 
 class _Preprocess(nn.Module):
@@ -67,15 +69,17 @@ def export_segments(
     """One graph per exit, with a dynamic batch axis.
 
     The first takes `image`, uint8 `[N, H, W, C]`, and normalises it; the others take `features`,
-    the output of the one before. All give `logits` `[N, K]`.
+    the output of the one before. All give `logits` `[N, K]`. Names of nodes begin as `list_blocks`
+    says.
     """
     channels = network.architecture.channels
     inputs = torch.zeros(2, image_size, image_size, channels, dtype=torch.uint8)
-    models, start = [], 0
-    for number, (exit, end) in enumerate(zip(network.exits, network.attached, strict=True)):
+    models = []
+    for number, exit in enumerate(network.exits):
         first, last = number == 0, number == len(network.exits) - 1
         front = [_Preprocess(mean, std)] if first else []
-        segment = _Segment(nn.Sequential(*front, *network.trunk[start:end]), exit, last).eval()
+        blocks = nn.Sequential(*front, *network.blocks(number).values())
+        segment = _Segment(blocks, exit, last).eval()
         outputs = ["logits"] if last else ["logits", "features"]
         models.append(_export(segment, inputs, "image" if first else "features_in", outputs))
         if not last:
@@ -84,8 +88,26 @@ def export_segments(
             shape = models[-1].graph.output[1].type.tensor_type.shape
             for dimension, side in zip(shape.dim[1:], inputs.shape[1:], strict=True):
                 dimension.dim_value = side
-        start = end
     return models
+
+
+def list_blocks(network: BranchyNet, image_size: int) -> tuple[Block, ...]:
+    """What the segments consist of, in order of execution: blocks of the trunk, and exits.
+
+    The first is the normalisation of the image, without operations or parameters.
+    """
+    network.eval()
+    features = torch.zeros(1, network.architecture.channels, image_size, image_size)
+    rows = [Block("normalise", "block", 0, 0, 0, tuple(features.shape[1:]), "/blocks/blocks.0/")]
+    for number, exit in enumerate(network.exits):
+        for place, (name, block) in enumerate(network.blocks(number).items(), number == 0):
+            features, macs, parameters = count_module(block.eval(), features)
+            shape, nodes = tuple(features.shape[1:]), f"/blocks/blocks.{place}/"
+            rows.append(Block(name, "block", number, macs, parameters, shape, nodes))
+        logits, macs, parameters = count_module(exit, features)
+        shape = tuple(logits.shape[1:])
+        rows.append(Block(f"exit_{number}", "exit", number, macs, parameters, shape, "/exit/"))
+    return tuple(rows)
 
 
 def export_static(

@@ -89,6 +89,25 @@ class BranchyNet(nn.Module):
             features = block(features)
         return features
 
+    def blocks(self, exit: int) -> dict[str, nn.Module]:
+        """The trunk between the exit before and this one, cut at every cut point on the way.
+
+        By the names of the cut points where the blocks end; they share the trunk's modules. Empty
+        where nothing is shared.
+        """
+        if not self.architecture.shared:
+            return {}
+        traced = trace(self.architecture.backbone)
+        attached = attach_points(self.architecture, traced)
+        starts: list[CutPoint | None] = [attached[exit - 1] if exit else None]
+        first = starts[0].node if starts[0] else 0
+        ends = [cut for cut in traced.cuts if first < cut.node <= attached[exit].node]
+        starts += ends[:-1]
+        return {
+            end.name: traced.part(self.backbone, start, end)
+            for start, end in zip(starts, ends, strict=True)
+        }
+
     def load_branch(self, exit: int, branch: "BranchyNet") -> None:
         """Take over trunk and exit from a branch that was trained alone."""
         if branch.architecture != self.architecture.branch(exit):

@@ -42,17 +42,22 @@ def exit_costs(network: BranchyNet, image_size: int) -> tuple[ExitCost, ...]:
     layers = [m for m in network.modules() if not list(m.children()) and not isinstance(m, silent)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     network.eval()
-    with torch.no_grad():
-        for exit, end in zip(network.exits, network.attached, strict=True):
-            with FlopCounterMode(display=False) as counter:
-                features = network.through(features, start, end)
-                exit(features)
-            macs += counter.get_total_flops() // 2
-            used = [*network.trunk[start:end], exit]
-            parameters += sum(p.numel() for module in used for p in module.parameters())
-            costs.append(ExitCost(macs, parameters, written))
-            start = end
+    for exit, end in zip(network.exits, network.attached, strict=True):
+        for module in (*network.trunk[start:end], exit):
+            output, operations, weights = count_module(module, features)
+            features = features if module is exit else output
+            macs, parameters = macs + operations, parameters + weights
+        costs.append(ExitCost(macs, parameters, written))
+        start = end
     for hook in hooks:
         hook.remove()
     network.train(training)
     return tuple(costs)
+
+
+def count_module(module: nn.Module, inputs: Tensor) -> tuple[Tensor, int, int]:
+    """A module's output for one image, its multiply-accumulates and its parameters."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        output: Tensor = module(inputs)
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    return output, counter.get_total_flops() // 2, weights

@@ -53,6 +53,8 @@ def log_stage(client: "MlflowClient", record: Record) -> "Run":
     curve = _read_history(RESULTS / record.stage / "history.csv")
     metrics = RESULTS / record.stage / "metrics.json"
     _log_missing(client, child, curve, read_json(metrics) if metrics.exists() else {}, record)
+    for table in sorted((RESULTS / record.stage).glob("*.csv")):
+        client.log_artifact(child.info.run_id, str(table))
     for run in (child.info.run_id, child.data.tags[PARENT]):
         client.set_terminated(run, "FINISHED", record.ended)
     return child

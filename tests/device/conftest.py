@@ -12,7 +12,7 @@ from toys import SIZE, randomise
 from edgeke.data.dataset import channels_last
 from edgeke.device.classifier import Classifier
 from edgeke.graph.quantise import quantise_segments
-from edgeke.graph.segments import export_segments
+from edgeke.graph.segments import export_segments, list_blocks
 from edgeke.networks.branchynet import BranchyNet
 
 
@@ -27,10 +27,11 @@ def bundles(architecture, dataset, tmp_path_factory) -> dict[str, Path]:
     network = randomise(BranchyNet(architecture))
     segments = export_segments(network, dataset.mean, dataset.std, SIZE)
     coarse = quantise_segments(segments, channels_last(dataset["train"].images))
+    blocks = list_blocks(network, SIZE)
     folders = {}
     for score in ("max_probability", "margin", "entropy", "learned"):
-        folders[score] = build(root / score, segments, score, "", dataset)
-    folders["int8"] = build(root / "int8", coarse, "margin", ".int8", dataset)
+        folders[score] = build(root / score, segments, score, "", dataset, blocks)
+    folders["int8"] = build(root / "int8", coarse, "margin", ".int8", dataset, blocks)
     return folders
 
 

@@ -42,7 +42,7 @@ def test_the_python_runs(here, monkeypatch, capsys):
 def test_the_commands_run(here, capsys):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     ran = [line for line in commands if line.startswith("python -m edgeke.device ")]
-    assert len(ran) == 7
+    assert len(ran) == 8
     for line in ran:
         arguments = shlex.split(line, comments=True)[3:]
         places = {".": "models", "~/photo.png": "photo.png", "20": "1e6"}

@@ -50,6 +50,7 @@ for exit in range(len(policy.macs) + 1):
     keep(f"forced_{exit}/one", [classifier.forced(exit)(image) for image in images])
 keep("stream/one", [answer for image in images for answer in classifier.stream(image)])
 classifier.profile(rounds=1)
+assert classifier.profile_blocks(rounds=3).milliseconds.any(axis=0).sum() > 5
 classifier.predict(images[0], mean_latency_ms=1e6, deadline_ms=1e6, max_degradation=0.99)
 np.savez("answers.npz", **arrays)
 print(json.dumps([edgeke.__file__, onnxruntime.__version__, sorted(sys.modules)]))
