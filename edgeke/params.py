@@ -18,7 +18,13 @@ from ruamel.yaml import YAML  # reads YAML 1.2, as DVC does: `010` is ten, a rep
 
 from edgeke.errors import InputError
 from edgeke.learning.orders import ORDERS
-from edgeke.networks.architecture import Backbone, ExitSpec, check_layout, exit_count
+from edgeke.networks.architecture import (
+    Backbone,
+    ExitSpec,
+    check_layout,
+    exit_count,
+    resolve_layout,
+)
 from edgeke.remote import ssh_command
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -276,7 +282,7 @@ Images = Annotated[
 class Source:
     """A labelled image set and its splits: numbers of images (int), or shares of all (float)."""
 
-    source: Literal["digits", "cifar10", "cifar100", "image_folder"]
+    source: Literal["digits", "cifar10", "cifar100", "image_folder", "elpv"]
     image_size: Annotated[Whole, Field(ge=8, le=1024, multiple_of=8)]
     channels: Literal[1, 3]
     fit: Literal["exact", "resize"]
@@ -454,7 +460,8 @@ def parse(content: Mapping[str, Any], where: str = "params.yaml") -> Params:
     augmentation = Augmentation(**vars(profile.augmentation), **vars(file.augmentation))
     params = Params(**shared, profile_name=file.profile, profile=profile, augmentation=augmentation)
     try:
-        exits = exit_count(params.branchynet.layout)
+        from_weights = params.profile.student.weights is not None
+        exits = exit_count(resolve_layout(params.branchynet.layout, from_weights))
         if exits is not None:
             check_exits(params, exits)
         _check_together(params)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from edgeke.data.dataset import Dataset
-from edgeke.networks.architecture import Architecture, Backbone, Layout
+from edgeke.networks.architecture import Architecture, Backbone, Layout, resolve_layout
 from edgeke.networks.layouts import single_exit, with_layout
 from edgeke.networks.weights import initial_weights, normalisation
 from edgeke.params import Network, Params, check_exits
@@ -21,6 +21,7 @@ def student_architecture(
     network: Network, layout: Layout, dataset: Dataset, *, shared: bool = True
 ) -> Architecture:
     """The multi-exit network of a layout for this dataset's images and classes."""
+    layout = resolve_layout(layout, network.weights is not None)
     return with_layout(layout, _backbone(network, dataset), shared=shared)
 
 

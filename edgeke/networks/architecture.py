@@ -18,7 +18,7 @@ NETWORKS: dict[str, str] = {
 # What stands before the name of one of timm's networks.
 TIMM = "timm/"
 
-LAYOUTS = ("edgeke", "stages")
+LAYOUTS = ("auto", "edgeke", "stages")
 KINDS = ("branch", "attention", "separable", "linear", "pooled")
 
 
@@ -120,6 +120,16 @@ def check_layout(layout: Layout) -> None:
             f"branchynet.layout attaches two exits to {', '.join(twice)}; attach each exit to "
             "another place"
         )
+
+
+def resolve_layout(layout: Layout, from_weights: bool) -> Layout:
+    """What `auto` stands for: a trunk that starts from weights knows much early.
+
+    Its exits: after the stem, then about 2.5 times further each (docs/results.md: steel).
+    """
+    if layout != "auto":
+        return layout
+    return (0.02, 0.1, 0.25, 0.6) if from_weights else "edgeke"
 
 
 def exit_count(layout: Layout) -> int | None:
