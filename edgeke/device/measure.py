@@ -30,8 +30,9 @@ from edgeke.device.timing import summary, time_interleaved
 from edgeke.errors import InputError, report
 
 _MODELS, _OUT = Path("models"), Path("out")
-_BATCH = 250
-_BATCHES = (1, 8, 64)
+_BATCH = 16  # more do not fit the cache
+_BATCHES = (8, 32)
+_PARTS = 3  # batches of each size
 _WARM_UP = 10
 
 _Images = NDArray[np.uint8]
@@ -202,8 +203,7 @@ def _throughput(job: Job, runs: Mapping[str, _Run], images: _Images) -> dict[str
         batched[name] = Classifier(_MODELS, precision, job.threads[0]).predict_batch
     metrics = {}
     for size in _BATCHES:
-        count = -(-job.latency_images // size)
-        parts = [part for part in _parts(images, size) if len(part) == size][:count] or [images]
+        parts = [part for part in _parts(images, size) if len(part) == size][:_PARTS] or [images]
         for name, values in _time(batched, parts).items():
             rate = len(parts[0]) * 1e3 / float(np.mean(values))
             metrics[f"{name}/images_per_second_batch_{size}"] = rate
