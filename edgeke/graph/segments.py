@@ -5,16 +5,21 @@ import io
 import itertools
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.onnx import symbolic_helper
 
 from edgeke.device.manifest import Block
 from edgeke.graph.compose import IR_VERSION, OPSET
 from edgeke.graph.padding import fold_padding
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.cost import count_module
+
+_ADAPTIVE_POOL = "aten::adaptive_avg_pool2d"
 
 
 class _Preprocess(nn.Module):
@@ -117,6 +122,24 @@ def export_static(
     return export_segments(network.branch(-1), mean, std, image_size)[0]
 
 
+def _adaptive_pool(graph: Any, features: Any, size: Any) -> Any:
+    """Adaptive average pooling as two matrix products: for sizes that ONNX cannot pool to.
+
+    VGG pools to 7x7, whatever is left of the image.
+    """
+    shape = [symbolic_helper._get_tensor_dim_size(features, axis) for axis in (2, 3)]
+    outputs = symbolic_helper._maybe_get_const(size, "is")
+    if list(outputs) == [1, 1]:
+        return graph.op("GlobalAveragePool", features)
+    rows, columns = (
+        F.adaptive_avg_pool1d(torch.eye(int(side or 0))[None], output)[0].T
+        for side, output in zip(shape, outputs, strict=True)
+    )
+    left = graph.op("Constant", value_t=rows.contiguous())
+    right = graph.op("Constant", value_t=columns.T.contiguous())
+    return graph.op("MatMul", graph.op("MatMul", left, features), right)
+
+
 def _export(
     module: nn.Module, example: Tensor, name: str, outputs: Sequence[str]
 ) -> onnx.ModelProto:
@@ -125,16 +148,26 @@ def _export(
         # The tracing exporter is deprecated, but writes opset 18 and IR 8 with batch norm folded,
         # twenty times faster than its successor (docs/decisions/002-onnx-exporter.md).
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
-            module.cpu(),
-            (example,),
-            buffer,  # type: ignore[arg-type]  # the tracing exporter writes to buffers
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=[name],
-            output_names=list(outputs),
-            dynamic_axes={tensor: {0: "N"} for tensor in [name, *outputs]},
+        # Branches on a map's size, which is fixed.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
+            _ADAPTIVE_POOL, _adaptive_pool, OPSET
         )
+        try:
+            torch.onnx.export(
+                module.cpu(),
+                (example,),
+                buffer,  # type: ignore[arg-type]  # the tracing exporter writes to buffers
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[name],
+                output_names=list(outputs),
+                dynamic_axes={tensor: {0: "N"} for tensor in [name, *outputs]},
+            )
+        finally:
+            torch.onnx.unregister_custom_op_symbolic(  # type: ignore[attr-defined]
+                _ADAPTIVE_POOL, OPSET
+            )
     model = onnx.load_from_string(buffer.getvalue())
     model.ir_version = IR_VERSION
     fold_padding(model, example.numpy())

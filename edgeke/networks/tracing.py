@@ -338,7 +338,8 @@ class _Analysis:
         if self.others is not None:
             other = max(_OTHER_SIZE, 2 * size)
             side = self.others[self.nodes[cuts[-1].node].name][3]
-            stride = other // side
+            # A power of 2, as strides are; VGG's last layer also takes 6 positions off.
+            stride = 2 ** int(math.log2(other // side))
             if size < stride:
                 smallest = math.ceil(stride / _STEP) * _STEP
                 raise InputError(

@@ -9,6 +9,11 @@ from torch import nn
 
 from edgeke.device.session import open_session
 from edgeke.graph.padding import fold_padding
+from edgeke.graph.runner import segment_logits
+from edgeke.graph.segments import export_static
+from edgeke.networks.architecture import Backbone
+from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import single_exit
 
 timm = pytest.importorskip("timm")
 
@@ -52,3 +57,17 @@ def test_padding_moves_into_convolutions_and_changes_nothing(size):
         expected = network(images).numpy()
     answers = open_session(model.SerializeToString()).run(None, {"x": images.numpy()})[0]
     assert np.abs(answers - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_vgg_pools_to_more_than_there_is(size):
+    """Its classifier begins with 7x7 positions: of a map of 1x1 here, and of 3x3."""
+    torch.manual_seed(0)
+    network = BranchyNet(single_exit(Backbone("timm/vgg11_bn", 1, 3, size))).eval()
+    model = export_static(network, (0.5,), (0.25,), size)
+    images = np.random.default_rng(0).integers(0, 256, (2, size, size, 1), np.uint8)
+    answers = segment_logits([model.SerializeToString()], images, 1)[0]
+    normalised = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        expected = network(normalised)[0].numpy()
+    assert np.abs(answers - expected).max() < 1e-4 * np.abs(expected).max()
