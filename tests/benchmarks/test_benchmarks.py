@@ -27,6 +27,13 @@ def test_the_training_benchmark_ends_with_the_speedup():
     assert result["device"] in ("cpu", "cuda")
 
 
+def test_the_quantisation_benchmark_ends_with_the_milliseconds():
+    times = last_line("benchmarks.quantise", "--speed", "mobilenetv3_small_050")["ms"]
+    assert set(times["mobilenetv3_small_050"]) == {
+        "fp32", "convolutions", "and additions", "everything", "without depthwise",
+    }  # fmt: skip
+
+
 @pytest.mark.slow  # spinning threads beside a busy process: minutes on two cores
 def test_a_step_is_timed_beside_a_busy_process():
     result = last_line(
