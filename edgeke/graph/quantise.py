@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from edgeke.device.session import open_session
 from edgeke.graph.compose import IR_VERSION
 
 _BATCH = 16  # larger ones leave the processor's cache: twice as slow at 128x128
-_FEW_CHANNELS = 3  # of an image
+# The first convolution is faster in fp32 if it reads an image's channels at up to 4x4 positions;
+# at 7x7 (a ResNet's of timm) it is faster in int8 (docs/results.md).
+_FEW_CHANNELS, _FEW_POSITIONS = 3, 16
 
 _Inputs = NDArray[np.uint8] | NDArray[np.float32]
 
@@ -26,7 +29,7 @@ def quantise(
     """The graph with int8 weights per channel and uint8 activations, as QDQ pairs.
 
     Convolutions and matrix products are in int8. In single precision stay: residual additions,
-    which cost accuracy and save nothing; a convolution of few channels (the first), which is faster
+    which cost accuracy and save nothing; the first convolution where it is small, which is faster
     so; linear layers, since logits in int8 take 256 values and scores would tie; and, without
     `depthwise`, depthwise convolutions (docs/results.md has what each costs).
 
@@ -102,8 +105,9 @@ def _left_out(model: onnx.ModelProto, depthwise: bool) -> list[str]:
     names = []
     for node in model.graph.node:
         if node.op_type == "Conv" and node.input[1] in shapes:
-            few = shapes[node.input[1]][1] <= _FEW_CHANNELS and _groups(node) == 1
-            if few or (not depthwise and _groups(node) > 1):
+            _, channels, *kernel = shapes[node.input[1]]
+            few = channels <= _FEW_CHANNELS and math.prod(kernel) <= _FEW_POSITIONS
+            if (few and _groups(node) == 1) or (not depthwise and _groups(node) > 1):
                 names.append(node.name)
     return names
 
