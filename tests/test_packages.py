@@ -118,7 +118,7 @@ def test_dvc_lists_the_packages_that_a_stage_imports(stage):
         ("train_teacher", {"train", "validation"}),
         ("distill", {"train", "validation"}),
         ("train_branchynet", {"train", "validation"}),
-        ("export", {"train"}),
+        ("export", {"train", "validation"}),
         ("calibrate", {"validation", "calibration"}),
         ("evaluate", {"test"}),
     ],

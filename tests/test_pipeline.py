@@ -58,7 +58,7 @@ def test_a_second_repro_does_nothing(clone: Path):
 def test_the_plots_draw(clone: Path):
     shown = json.loads(run(clone, "dvc", "plots", "show", "--json"))
     assert shown.get("errors") in (None, [])
-    names = {"training loss", "accuracy against cost", "exit shares"}
+    names = {"training loss", "accuracy against cost", "accuracy against time", "exit shares"}
     assert set(shown["data"]) == names | {"reliability", "profile"}
     profile = shown["data"]["profile"][0]["content"]["data"]["values"]
     assert {"normalise", "layer4.0"} <= {row["name"] for row in profile}
