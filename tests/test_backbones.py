@@ -1,5 +1,6 @@
 """Pretrained backbones of timm through all stages, on a few real pictures."""
 
+import dataclasses
 import json
 import shutil
 from importlib import import_module
@@ -17,6 +18,7 @@ from toys import ROOT
 from edgeke.data.sources import read_source
 from edgeke.errors import InputError
 from edgeke.files import write_json
+from edgeke.learning.architectures import check_student
 from edgeke.learning.checkpoints import load_checkpoint
 from edgeke.params import parse
 
@@ -58,7 +60,8 @@ def check(metrics: dict[str, dict[str, float]], chance: float, exits: int) -> No
     measured = metrics["evaluate"]
     for exit in range(exits):
         assert measured[f"test/exit_{exit}/accuracy"] > chance
-        assert measured[f"test/int8/exit_{exit}/accuracy"] > chance
+        coarse = measured[f"test/int8/exit_{exit}/accuracy"]
+        assert abs(coarse - measured[f"test/exit_{exit}/accuracy"]) < 0.15
     for file in ("edgeke.onnx", "edgeke.int8.onnx"):
         metadata = {p.key: p.value for p in onnx.load(Path("models") / file).metadata_props}
         assert len(json.loads(metadata["policy"])["points"][0]["thresholds"]) == exits
@@ -69,7 +72,10 @@ def check(metrics: dict[str, dict[str, float]], chance: float, exits: int) -> No
         assert torch.equal(network.eval()(images)[-1], plain.eval()(images)[-1])
 
 
-@pytest.mark.skipif(not LITE0.exists(), reason="needs ../shared: NEU's pictures and weights")
+@pytest.mark.skipif(
+    not (LITE0.exists() and (SHARED / "data" / "neu").is_dir()),
+    reason="needs ../shared: NEU's pictures and weights",
+)
 def test_steel(tmp_path, monkeypatch):
     for folder in (SHARED / "data" / "neu").iterdir():
         (tmp_path / "neu" / folder.name).mkdir(parents=True)
@@ -92,26 +98,20 @@ def test_steel(tmp_path, monkeypatch):
 )
 def test_solar(tmp_path, monkeypatch):
     def some(*arguments):
+        """100 pictures of each class."""
         every = read_source(*arguments)
-        few = slice(0, None, 12)
-        return SimpleNamespace(
-            **{
-                **vars(every),
-                "images": np.ascontiguousarray(every.images[few]),
-                "labels": every.labels[few],
-                "names": every.names[few],
-                "train": len(every.labels[few]),
-            }
-        )
+        few = np.sort(np.concatenate([np.flatnonzero(every.labels == n)[:100] for n in (0, 1)]))
+        images, labels = np.ascontiguousarray(every.images[few]), every.labels[few]
+        names = tuple(every.names[number] for number in few)
+        return dataclasses.replace(every, images=images, labels=labels, names=names, train=len(few))
 
     monkeypatch.setattr("stages.download.read_source", some)
     values = content("solar")
     values["profiles"]["solar"]["data"]["image_size"] = 64
     metrics = run_stages(values, tmp_path, monkeypatch)
-    check(metrics, 0.5, 5)
-    total = sum(metrics["download"][f"{name}/images_of/functional"] for name in
-                ("train", "validation", "calibration", "test"))  # fmt: skip
-    assert total == pytest.approx(0.687 * 219, abs=12)
+    check(metrics, 0.45, 5)
+    assert metrics["evaluate"]["test/exit_3/accuracy"] > 0.6
+    assert metrics["download"]["train/images_of/functional"] == pytest.approx(45, abs=2)
 
 
 def test_digits_with_a_network_of_timm_from_scratch(tmp_path, monkeypatch):
@@ -125,6 +125,36 @@ def test_digits_with_a_network_of_timm_from_scratch(tmp_path, monkeypatch):
     metrics = run_stages(values, tmp_path, monkeypatch)
     check(metrics, 0.15, 3)
     assert metrics["evaluate"]["test/full/accuracy"] > 0.25
+
+
+@pytest.mark.parametrize(
+    ("profile", "changes"),
+    [
+        ("steel", {"profiles.steel.data.image_size": 64}),
+        ("steel", {"branchynet.layout": [0.1, 0.5]}),
+        ("steel", {"branchynet.layout": "edgeke"}),
+        (
+            "image_folder",
+            {
+                "profiles.image_folder.student.network": "timm/resnet18",
+                "profiles.image_folder.student.weights": None,
+                "profiles.image_folder.student.trunk": "finetuned",
+            },
+        ),
+    ],
+)
+def test_a_change_of_size_layout_or_backbone_needs_no_other(profile, changes, dataset):
+    values = content(profile)
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        section = values
+        for name in path:
+            section = section[name]
+        section[last] = value
+    params = parse(values)
+    source = params.profile.data
+    shape = (source.channels, source.image_size, source.image_size)
+    check_student(params, dataclasses.replace(dataset, image_shape=shape))
 
 
 def test_solar_cells_without_their_package(monkeypatch):

@@ -54,6 +54,7 @@ def test_a_layout_of_ones_own():
         ([("layer3.0.conv1", "linear")], "not a cut point of resnet10"),
         ([("fc", "linear")], "fc: it belongs to the classifier.* after .*layer4.0"),
         ([("layer3.0", "linear"), ("layer1.0", "linear")], "shallow to deep"),
+        ([("layer3.0", "linear"), ("layer3.0", "pooled")], "two exits to layer3.0"),
         ([("layer4.0", "linear")], "shallow to deep"),  # where the main exit is
         ([("layer3.0", "main")], "rest of the backbone after its last feature map, layer4.0"),
     ],
