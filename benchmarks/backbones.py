@@ -1,0 +1,189 @@
+"""Early exits on a pretrained backbone, and without.  python -m benchmarks.backbones
+
+The whole pipeline on steel (profile `steel`; pictures and weights of ../shared) in a temporary
+folder, and then, interleaved on one thread over all test images: operating points in int8, the
+plain network in int8 and fp32, and every exit alone in int8 (a truncated network). A point is the
+cheapest whose accuracy on calibration is at most 0, 1 or 3.6 points below the plain int8
+network's; the truncated baseline is the fastest exit alone at most 0.2 points below the point, on
+calibration, too. `--parts` adds image sizes (`sizes`) and 20 pictures a class, pretrained and from
+scratch (`transfer`). Writes results/backbones/summary.json: what was not run keeps its value, or is
+null. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from ruamel.yaml import YAML
+from tqdm import tqdm
+
+from edgeke import params
+from edgeke.data.dataset import channels_last, load_dataset
+from edgeke.device.bundle import read_metadata
+from edgeke.device.session import open_session
+from edgeke.device.timing import time_interleaved
+from edgeke.files import write_json
+from edgeke.graph.runner import segment_logits
+from edgeke.policy.intervals import share_interval
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+SUMMARY = ROOT / "results" / "backbones" / "summary.json"
+STAGES = ("download", "train_teacher", "distill", "train_branchynet", "export", "calibrate")
+LOSSES = (0.0, 1.0, 3.6)
+KEYS = ("steel", "speedup_at_1_point", "int8_drop_points", "sizes", "transfer_gain_points")
+
+
+def steel(size: int = 128, **changes: Any) -> dict[str, Any]:
+    """The content of params.yaml for steel; `changes` are of its profile's data or student."""
+    content = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    content["profile"], content["data"]["path"] = "steel", str(SHARED / "data" / "neu")
+    profile = content["profiles"]["steel"]
+    profile["data"] |= {"image_size": size, **changes.get("data", {})}
+    weights = str(SHARED / "weights" / "tf_efficientnet_lite0.safetensors")
+    for name in ("teacher", "student"):
+        profile[name] |= {"weights": weights, **changes.get("network", {})}
+    return dict(content)
+
+
+def run(content: dict[str, Any], stages: tuple[str, ...] = STAGES) -> dict[str, dict[str, float]]:
+    """Run stages in the current folder; their metrics."""
+    log = SimpleNamespace(epoch=lambda *_: None, headline=lambda *_: None, model=lambda *_: None)
+    parsed, metrics = params.parse(content), {}
+    for stage in tqdm(stages, desc="stages"):
+        metrics[stage] = import_module(f"stages.{stage}").run(parsed, log)
+        write_json(Path("results") / stage / "metrics.json", metrics[stage])
+    return metrics
+
+
+def compare() -> dict[str, Any]:
+    """Points and static networks of the models in this folder, on calibration and on test."""
+    models = Path("models")
+    dataset = load_dataset(Path("data/dataset.safetensors"), ("calibration", "test"))
+    calibration, test = (channels_last(dataset[name].images) for name in ("calibration", "test"))
+    labels = dataset["test"].labels
+    cascade = open_session(models / "edgeke.int8.onnx", 1)
+    policy = read_metadata(cascade, "edgeke.int8.onnx").policy
+    static = {
+        file.name.removesuffix(".onnx"): file
+        for file in sorted((models / "static").glob("*.int8.onnx"))
+        if file.name.startswith(("plain", "branch"))
+    } | {"plain": models / "static" / "plain.onnx"}
+    on_calibration, right = {}, {}
+    for name, file in static.items():
+        answers = segment_logits([file], calibration, 0)[0].argmax(-1)
+        on_calibration[name] = 100 * float((answers == dataset["calibration"].labels).mean())
+        right[name] = segment_logits([file], test, 0)[0].argmax(-1) == labels
+
+    points = {}
+    for loss in LOSSES:
+        enough = [p for p in policy.points
+                  if 100 * p.accuracy >= on_calibration["plain.int8"] - loss]  # fmt: skip
+        points[loss] = min(enough, key=lambda point: point.expected_cost(policy.macs))
+    image = test[:1]
+    calls: dict[str, Any] = {}
+    for name, file in static.items():
+        session = open_session(file, 1)
+        calls[name] = lambda session=session: session.run(None, {"image": image})
+    for loss, point in points.items():
+        inputs = {
+            key: np.float32(value)
+            for key, value in (("thresholds", point.thresholds), ("votes", point.votes))
+        }
+        answer = partial(_answer, cascade, inputs)
+        right[f"point_{loss:g}"] = np.asarray(
+            [answer(test[n : n + 1]) == labels[n] for n in range(len(test))]
+        )
+        calls[f"point_{loss:g}"] = lambda answer=answer: answer(image)
+
+    def choose(number: int) -> None:
+        nonlocal image
+        image = test[number : number + 1]
+
+    times = time_interleaved(calls, len(test), float("inf"), choose)
+    ms = {name: float(np.mean(values)) for name, values in times.items()}
+    best = points[0.0]
+    single = [n for n in static if n.endswith("int8")
+              and on_calibration[n] >= 100 * best.accuracy - 0.2]  # fmt: skip
+    truncated = min(single or ["plain.int8"], key=ms.__getitem__)
+    percent = {name: 100 * float(answers.mean()) for name, answers in right.items()}
+    return {
+        "accuracy_full": percent["plain.int8"],
+        "accuracy_point": percent["point_0"],
+        "accuracy_point_interval": [
+            100 * end for end in share_interval(int(right["point_0"].sum()), len(labels))
+        ],
+        "speedup_over_static_int8": ms["plain.int8"] / ms["point_0"],
+        "speedup_over_best_truncated_int8": ms[truncated] / ms["point_0"],
+        "best_truncated": truncated,
+        "speedup_over_static_fp32": ms["plain"] / ms["point_0"],
+        "speedup_at_points": {f"{d:g}": ms["plain.int8"] / ms[f"point_{d:g}"] for d in LOSSES},
+        "ms_mean": ms,
+        "test_accuracy": percent,
+        "calibration_accuracy": on_calibration,
+    }
+
+
+def _answer(session: Any, inputs: dict[str, Any], image: Any) -> int:
+    return int(session.run(None, {"image": image, **inputs})[0].argmax())
+
+
+def measure(part: str) -> dict[str, Any]:
+    """What a part adds to the summary."""
+    if part == "transfer":
+        few = {"data": {"validation": 600, "calibration": 600, "test": 450}}  # 20 a class are left
+        scratch = {"network": {"weights": None, "trunk": "finetuned"}}
+        stages, key = STAGES[:2], "validation/accuracy"
+        pretrained = run(steel(**few), stages)["train_teacher"][key]
+        fresh = run(steel(**few, **scratch), stages)["train_teacher"][key]
+        return {"transfer_gain_points": 100 * (pretrained - fresh)}
+    if part == "sizes":
+        rows = {}
+        for size in (64, 96, 128, 224):
+            with tempfile.TemporaryDirectory() as folder:
+                os.chdir(folder)
+                run(steel(size))
+                rows[str(size)] = compare()
+        return {"sizes": rows}
+    started = time.perf_counter()
+    metrics = run(steel())
+    minutes = (time.perf_counter() - started) / 60
+    result = compare()
+    exits = [name for name in metrics["export"] if name.startswith("validation/exit_")]
+    lost = [metrics["export"][name] for name in exits if name.endswith("int8_accuracy_lost")]
+    name = "tf_efficientnet_lite0"
+    return {
+        "steel": result | {"minutes": minutes},
+        "speedup_at_1_point": {name: result["speedup_at_points"]["1"]},
+        "int8_drop_points": {name: 100 * max(lost)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parts = ("steel", "sizes", "transfer")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=["steel"])
+    chosen = parser.parse_args().parts
+    if not (SHARED / "data" / "neu").is_dir():
+        raise SystemExit(f"{SHARED / 'data' / 'neu'} is missing: it holds NEU's pictures")
+    summary = dict.fromkeys(KEYS) | (json.loads(SUMMARY.read_text()) if SUMMARY.exists() else {})
+    here = Path.cwd()
+    for part in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            summary |= measure(part)
+            os.chdir(here)
+        write_json(SUMMARY, summary)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
