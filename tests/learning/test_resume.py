@@ -118,7 +118,9 @@ def test_a_killed_stage_goes_on_to_bit_identical_weights(dataset_file: Path):
         return {path: path.stat().st_mtime_ns for path in root.glob(".edgeke/checkpoints/*.safe*")}
 
     def results() -> tuple[dict[str, torch.Tensor], str]:
-        assert not list(root.glob(".edgeke/checkpoints/*"))
+        # A process that is killed while it writes leaves its temporary file, which nobody reads.
+        left = root.glob(".edgeke/checkpoints/*")
+        assert not [path for path in left if path.suffix != ".tmp"]
         history = (root / "results" / "train_teacher" / "history.csv").read_text()
         return load_file(root / "models" / "teacher.safetensors"), history
 
