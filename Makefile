@@ -43,8 +43,8 @@ compare: setup ## runs ranked by accuracy and cost, seeds averaged; .edgeke/comp
 plots: setup ## dvc_plots/index.html: curves, accuracy against cost, exit shares, reliability
 	dvc plots show
 
-picture: setup ## docs/pictures: the README's pictures, from the last run's plots
-	scripts/picture
+picture: setup ## docs/pictures: the last run's plots; PREFIX=steel_ stands before their names
+	scripts/picture $(PREFIX)
 
 ui: setup ## open MLflow on the project's store (http://127.0.0.1:5000)
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow/mlflow.db

@@ -74,12 +74,12 @@ def accuracies() -> dict[str, dict[str, list[float]]]:
     names = ("train", "validation", "calibration")
     dataset = load_dataset(Path("data/dataset.safetensors"), names)
     train = channels_last(dataset["train"].images)
-    shown = np.concatenate([channels_last(dataset[name].images) for name in names[1:]])
+    images = np.concatenate([channels_last(dataset[name].images) for name in names[1:]])
     labels = np.concatenate([dataset[name].labels for name in names[1:]])
     exact = export_segments(network, own.mean, own.std, own.image_shape[2])
 
     def correct(models: Sequence[onnx.ModelProto]) -> list[float]:
-        logits = segment_logits([model.SerializeToString() for model in models], shown, 0)
+        logits = segment_logits([model.SerializeToString() for model in models], images, 0)
         return [100 * float(share) for share in (logits.argmax(-1) == labels).mean(1)]
 
     table = {"fp32": {"as quantised": correct(exact)}}

@@ -60,12 +60,12 @@ def export(
     graphs_int8: dict[str, onnx.ModelProto] = {}
     same: dict[bytes, str] = {}  # some orders leave a branch, the main exit and `plain` equal
     for name, graph in graphs.items():
-        twin = same.setdefault(graph.SerializeToString(), name)
-        if twin in graphs_int8:
-            graphs_int8[name] = graphs_int8[twin]
-            prefix = f"validation/{twin}/"
+        first = same.setdefault(graph.SerializeToString(), name)
+        if first in graphs_int8:
+            graphs_int8[name] = graphs_int8[first]
+            prefix = f"validation/{first}/"
             copied = {key: value for key, value in metrics.items() if key.startswith(prefix)}
-            metrics |= {key.replace(twin, name, 1): value for key, value in copied.items()}
+            metrics |= {key.replace(first, name, 1): value for key, value in copied.items()}
             continue
         (graphs_int8[name],), changes = _to_int8(name, [graph], train, validation, settings)
         metrics |= changes
@@ -148,14 +148,14 @@ def _to_int8(
     layer was fitted again.
     """
     samples = channels_last(train.images[: settings.quantisation_images])
-    known, shown = channels_last(train.images[:_REFIT_IMAGES]), channels_last(validation.images)
-    labels, reference = validation.labels, _logits(exact, shown)
+    to_fit, to_compare = train.images[:_REFIT_IMAGES], channels_last(validation.images)
+    labels, reference = validation.labels, _logits(exact, to_compare)
     refusal = ""
     for depthwise in (True, False) if has_depthwise(exact) else (True,):
         bits = settings.weight_bits
         coarse = quantise_segments(exact, samples, depthwise=depthwise, weight_bits=bits)
-        refitted = refit_heads(coarse, exact, known)
-        before, after = _logits(coarse, shown), _logits(refitted, shown)
+        refitted = refit_heads(coarse, exact, channels_last(to_fit))
+        before, after = _logits(coarse, to_compare), _logits(refitted, to_compare)
         metrics: dict[str, float] = {}
         refusal = ""
         for exit, logits in enumerate(reference):

@@ -20,6 +20,12 @@ from edgeke.errors import InputError
 # Where arrays that need not fit in memory are.
 SCRATCH = Path(".edgeke")
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FREE_SPACE = (
+    "Free space on that disk (`dvc gc --all-commits --all-experiments` removes from DVC's cache "
+    "what no commit and no experiment uses) and run again"
+)
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -40,12 +46,9 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
-                f"no space left while writing {path}, which was not changed. Free space on that "
-                "disk (`dvc gc --all-commits --all-experiments` removes from DVC's cache what no "
-                "commit and no experiment uses) and run again"
-            ) from error
+        if error.errno in _FULL:
+            what = f"no space left while writing {path}, which was not changed"
+            raise InputError(f"{what}. {_FREE_SPACE}") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -92,12 +95,19 @@ def scratch_array(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Zeros, mapped from a file without a name below `.edgeke`.
 
     The system writes it to the disk where memory is short, and removes it with the process. Errors:
-    OSError when the disk has no space for it: a map that finds none later kills the process.
+    InputError when the disk is too full: a map that finds no space later kills the process.
     """
     SCRATCH.mkdir(parents=True, exist_ok=True)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     with tempfile.TemporaryFile(dir=SCRATCH) as file:  # the map keeps it open
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            what = f"no space left for {size / 2**20:.0f} MiB in {SCRATCH}"
+            raise InputError(f"{what}. {_FREE_SPACE}") from error
         return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
 
 

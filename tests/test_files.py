@@ -22,7 +22,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     assert [p.name for p in target.parent.iterdir()] == ["weights"]
 
 
-def test_a_full_disk_changes_nothing_and_the_advice_loses_nothing(tmp_path: Path):
+def test_a_full_disk_changes_nothing_and_the_advice_loses_nothing(tmp_path: Path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -40,6 +40,10 @@ def test_a_full_disk_changes_nothing_and_the_advice_loses_nothing(tmp_path: Path
         with pytest.raises(InputError, match=r"no space left .*big"):
             files.write_files({disk / "weights": b"new", disk / "big": b"x" * 200_000})
         assert (disk / "weights").read_text() == "old"
+        assert [p.name for p in disk.iterdir()] == ["weights"]
+        monkeypatch.setattr(files, "SCRATCH", disk)
+        with pytest.raises(InputError, match=r"no space left for 2 MiB in .*disk\. Free space"):
+            files.scratch_array((1024, 2048), "uint8")
         assert [p.name for p in disk.iterdir()] == ["weights"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)

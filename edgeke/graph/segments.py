@@ -127,12 +127,12 @@ def _adaptive_pool(graph: Any, features: Any, size: Any) -> Any:
 
     VGG pools to 7x7, whatever is left of the image.
     """
-    shape = [symbolic_helper._get_tensor_dim_size(features, axis) for axis in (2, 3)]
+    shape: list[Any] = [symbolic_helper._get_tensor_dim_size(features, axis) for axis in (2, 3)]
     outputs = symbolic_helper._maybe_get_const(size, "is")
     if list(outputs) == [1, 1]:
         return graph.op("GlobalAveragePool", features)
     rows, columns = (
-        F.adaptive_avg_pool1d(torch.eye(int(side or 0))[None], output)[0].T
+        F.adaptive_avg_pool1d(torch.eye(side)[None], output)[0].T
         for side, output in zip(shape, outputs, strict=True)
     )
     left = graph.op("Constant", value_t=rows.contiguous())

@@ -91,9 +91,13 @@ class ResumeFile:
             print(text, file=sys.stderr)
 
     def remove(self) -> None:
-        """Delete the file: the stage has written its result."""
+        """Delete the file: the stage has written its result.
+
+        And what processes left that were killed while they wrote it.
+        """
         if first_process():  # which alone writes results
-            self.path.unlink(missing_ok=True)
+            for path in (self.path, *self.path.parent.glob(f".{self.path.name}.*.tmp")):
+                path.unlink(missing_ok=True)
 
 
 @cache
