@@ -93,7 +93,6 @@ def test_blocks_add_up_to_the_whole(name, layout, precision, tmp_path):
         if all(0.9 < ratio < 1.1 for ratio in ratios):
             break
     assert ratios == (pytest.approx(1, abs=0.1), pytest.approx(1, abs=0.1))
-    assert np.median(profile.whole_ms) > 1
     assert 0 <= profile.overhead_ms < 0.02
     assert all(row.median_ms > 0 for row in profile.cascade()), "every row has kernels of its own"
 
