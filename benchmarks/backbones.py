@@ -5,9 +5,11 @@ folder, and then, interleaved on one thread over all test images: operating poin
 plain network in int8 and fp32, and every exit alone in int8 (a truncated network). A point is the
 cheapest whose accuracy on calibration is at most 0, 1 or 3.6 points below the plain int8
 network's; the truncated baseline is the fastest exit alone at most 0.2 points below the point, on
-calibration, too. `--parts` adds image sizes (`sizes`) and 20 pictures a class, pretrained and from
-scratch (`transfer`). Writes results/backbones/summary.json: what was not run keeps its value, or is
-null. The last line is JSON.
+calibration, too. `--parts` adds image sizes (`sizes`), seeds 1 and 2 (`seeds`), kinds of heads at
+the same cut points (`heads`), 20 pictures a class, pretrained and from scratch (`transfer`), and
+four backbones on 20 classes of CIFAR-100 (`cifar`; `--networks` picks some): each trained from
+scratch, then exits on its frozen trunk. Writes results/backbones/summary.json after every network:
+what was not run keeps its value, or is null. The last line is JSON.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from ruamel.yaml import YAML
 from tqdm import tqdm
 
@@ -39,19 +43,66 @@ SHARED = ROOT.parent / "shared"
 SUMMARY = ROOT / "results" / "backbones" / "summary.json"
 STAGES = ("download", "train_teacher", "distill", "train_branchynet", "export", "calibrate")
 LOSSES = (0.0, 1.0, 3.6)
-KEYS = ("steel", "speedup_at_1_point", "int8_drop_points", "sizes", "transfer_gain_points")
+KEYS = (
+    "steel", "speedup_at_1_point", "int8_drop_points", "sizes", "seeds", "heads", "cifar",
+    "transfer_gain_points",
+)  # fmt: skip
+HEADS = ("pooled", "linear", "separable", "attention")
+NETWORKS: dict[str, dict[str, Any]] = {  # on 32x32
+    "mobilenetv4_conv_small": {"network": "timm/mobilenetv4_conv_small", "stem": "small"},
+    "resnet50": {"network": "timm/resnet50"},
+    "vgg11_bn": {"network": "timm/vgg11_bn"},
+    "resnet18": {"network": "resnet18", "width": 16},
+}
 
 
-def steel(size: int = 128, **changes: Any) -> dict[str, Any]:
+def steel(size: int = 128, seed: int = 0, **changes: Any) -> dict[str, Any]:
     """The content of params.yaml for steel; `changes` are of its profile's data or student."""
     content = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
     content["profile"], content["data"]["path"] = "steel", str(SHARED / "data" / "neu")
+    content["seed"] = seed
+    content["branchynet"] |= changes.get("branchynet", {})
     profile = content["profiles"]["steel"]
     profile["data"] |= {"image_size": size, **changes.get("data", {})}
     weights = str(SHARED / "weights" / "tf_efficientnet_lite0.safetensors")
     for name in ("teacher", "student"):
         profile[name] |= {"weights": weights, **changes.get("network", {})}
     return dict(content)
+
+
+def cifar(folder: Path, network: dict[str, Any], epochs: int) -> dict[str, Any]:
+    """The content of params.yaml for 20 classes: the teacher from scratch, its exits behind it."""
+    content = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    content["profile"], content["data"]["path"] = "image_folder", str(folder)
+    content["branchynet"]["layout"] = [0.1, 0.25, 0.5, 0.75]
+    content["kd"]["distance"] = "none"
+    content["training"]["precision"] = "bf16"
+    profile = content["profiles"]["image_folder"]
+    sizes = {
+        "image_size": 32,
+        "fit": "exact",
+        "validation": 1000,
+        "calibration": 2000,
+        "test": None,
+    }
+    profile["data"] |= sizes
+    profile["augmentation"] |= {"crop_padding": 4, "flip": True}
+    profile["teacher"] = network
+    weights = {"weights": "models/teacher.safetensors", "trunk": "frozen"}
+    profile["student"] = network | weights
+    profile["recipes"]["train_teacher"] = {"epochs": epochs, "learning_rate": 0.1}
+    return dict(content)
+
+
+def write_cifar(folder: Path, classes: int = 20) -> None:
+    """The first classes of CIFAR-100 as an image folder, `train/` and `test/`."""
+    for split in ("train", "test"):
+        for strip in sorted((SHARED / "data" / "cifar100" / split).glob("*.webp"))[:classes]:
+            target = folder / split / strip.stem
+            target.mkdir(parents=True)
+            images = np.asarray(Image.open(strip)).reshape(-1, 32, 32, 3)
+            for number, image in enumerate(images):
+                Image.fromarray(image).save(target / f"{number:03d}.png", compress_level=1)
 
 
 def run(content: dict[str, Any], stages: tuple[str, ...] = STAGES) -> dict[str, dict[str, float]]:
@@ -136,52 +187,80 @@ def _answer(session: Any, inputs: dict[str, Any], image: Any) -> int:
     return int(session.run(None, {"image": image, **inputs})[0].argmax())
 
 
-def measure(part: str) -> dict[str, Any]:
-    """What a part adds to the summary."""
+def alone(content: dict[str, Any]) -> dict[str, Any]:
+    """The whole pipeline in an empty folder, then `compare`."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        started = time.perf_counter()
+        metrics = run(content)
+        minutes = (time.perf_counter() - started) / 60
+        return compare() | {"minutes": minutes, "int8_drop_points": lost_in_int8(metrics)}
+
+
+def lost_in_int8(metrics: dict[str, dict[str, float]]) -> float:
+    """Points of validation accuracy that int8 loses at its worst exit."""
+    return 100 * max(v for k, v in metrics["export"].items() if k.endswith("/int8_accuracy_lost"))
+
+
+def measure(part: str, networks: list[str], epochs: int) -> Iterator[dict[str, Any]]:
+    """What a part adds to the summary, a step at a time."""
     if part == "transfer":
         few = {"data": {"validation": 600, "calibration": 600, "test": 450}}  # 20 a class are left
         scratch = {"network": {"weights": None, "trunk": "finetuned"}}
         stages, key = STAGES[:2], "validation/accuracy"
         pretrained = run(steel(**few), stages)["train_teacher"][key]
         fresh = run(steel(**few, **scratch), stages)["train_teacher"][key]
-        return {"transfer_gain_points": 100 * (pretrained - fresh)}
-    if part == "sizes":
-        rows = {}
+        yield {"transfer_gain_points": 100 * (pretrained - fresh)}
+    elif part == "sizes":
         for size in (64, 96, 128, 224):
-            with tempfile.TemporaryDirectory() as folder:
-                os.chdir(folder)
-                run(steel(size))
-                rows[str(size)] = compare()
-        return {"sizes": rows}
-    started = time.perf_counter()
-    metrics = run(steel())
-    minutes = (time.perf_counter() - started) / 60
-    result = compare()
-    exits = [name for name in metrics["export"] if name.startswith("validation/exit_")]
-    lost = [metrics["export"][name] for name in exits if name.endswith("int8_accuracy_lost")]
-    name = "tf_efficientnet_lite0"
-    return {
-        "steel": result | {"minutes": minutes},
-        "speedup_at_1_point": {name: result["speedup_at_points"]["1"]},
-        "int8_drop_points": {name: 100 * max(lost)},
-    }
+            yield {"sizes": {str(size): alone(steel(size))}}
+    elif part == "seeds":
+        for seed in (1, 2):
+            yield {"seeds": {str(seed): alone(steel(seed=seed))}}
+    elif part == "heads":
+        for kind in HEADS:
+            layout = [{"attach": share, "kind": kind} for share in (0.02, 0.1, 0.25, 0.6)]
+            yield {"heads": {kind: alone(steel(branchynet={"layout": layout}))}}
+    elif part == "cifar":
+        pictures = Path.cwd() / "pictures"
+        write_cifar(pictures)
+        for name in networks:
+            result = alone(cifar(pictures, NETWORKS[name], epochs))
+            yield {
+                "cifar": {name: result},
+                "speedup_at_1_point": {name: result["speedup_at_points"]["1"]},
+                "int8_drop_points": {name: result["int8_drop_points"]},
+            }
+    else:
+        result, name = alone(steel()), "tf_efficientnet_lite0"
+        yield {
+            "steel": result,
+            "speedup_at_1_point": {name: result["speedup_at_points"]["1"]},
+            "int8_drop_points": {name: result["int8_drop_points"]},
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parts = ("steel", "sizes", "transfer")
+    parts = ("steel", "sizes", "seeds", "heads", "transfer", "cifar")
     parser.add_argument("--parts", nargs="+", choices=parts, default=["steel"])
-    chosen = parser.parse_args().parts
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--epochs", type=int, default=15, help="of each network in part cifar")
+    chosen = parser.parse_args()
     if not (SHARED / "data" / "neu").is_dir():
         raise SystemExit(f"{SHARED / 'data' / 'neu'} is missing: it holds NEU's pictures")
     summary = dict.fromkeys(KEYS) | (json.loads(SUMMARY.read_text()) if SUMMARY.exists() else {})
-    here = Path.cwd()
-    for part in chosen:
+    for part in chosen.parts:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
-            summary |= measure(part)
-            os.chdir(here)
-        write_json(SUMMARY, summary)
+            for step in measure(part, chosen.networks, chosen.epochs):
+                for key, value in step.items():
+                    known = summary[key]
+                    both = isinstance(value, dict) and isinstance(known, dict) and key != "steel"
+                    summary[key] = known | value if both else value
+                write_json(SUMMARY, summary)
+                os.chdir(folder)
+            os.chdir(ROOT)
     print(json.dumps(summary))
 
 

@@ -32,7 +32,7 @@ def normalised_for(network: Network, dataset: Dataset) -> Dataset:
     """
     if network.weights is None:
         return dataset
-    known = normalisation(_backbone(network, dataset))
+    known = normalisation(_backbone(network, dataset), network.weights)
     if known is None:
         return dataset
     mean, std = known

@@ -1,9 +1,11 @@
 """Initial weights for a backbone: a file, an installed package, or timm's hub."""
 
 import importlib.util
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edgeke.errors import InputError
-from edgeke.networks.architecture import TIMM, Backbone
+from edgeke.networks.architecture import TIMM, Architecture, Backbone
+from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.build import build_network, require_timm
 from edgeke.networks.tracing import trace
 
@@ -23,7 +26,7 @@ _PACKAGES = {
 
 
 def initial_weights(backbone: Backbone, source: str) -> dict[str, Tensor]:
-    """The backbone's state dict from `pretrained`, or from a safetensors file.
+    """The backbone's state dict from `pretrained`, a safetensors file, or a stage's checkpoint.
 
     Fitted to the backbone: a classifier of other classes starts anew (which is said on stderr), and
     for grey images the first layer's weights are summed over colours.
@@ -47,11 +50,18 @@ def initial_weights(backbone: Backbone, source: str) -> dict[str, Tensor]:
     return {name: loaded[name].to(tensor.dtype) for name, tensor in own.items()}
 
 
-def normalisation(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation per channel, in [0, 1], that timm's weights expect of images.
+def normalisation(
+    backbone: Backbone, source: str
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation per channel, in [0, 1], that the weights expect of images.
 
-    Of grey images the mean of the three channels' values. None for networks that are not timm's.
+    A checkpoint's own; else timm's, of grey images the mean of the three channels' values. None for
+    other networks, of which nothing is known.
     """
+    described = _description(Path(source))
+    if described:
+        own = described["preprocessing"]
+        return tuple(own["mean"]), tuple(own["std"])
     if not backbone.network.startswith(TIMM):
         return None
     known = require_timm().get_pretrained_cfg(backbone.network.removeprefix(TIMM))
@@ -96,14 +106,28 @@ def pretrained_weights(backbone: Backbone) -> dict[str, Tensor]:
     return state
 
 
+def _description(path: Path) -> dict[str, Any]:
+    """The JSON beside a checkpoint that a stage wrote; nothing for any other file."""
+    try:
+        described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return described if {"architecture", "preprocessing"} <= set(described) else {}
+    except (OSError, ValueError, TypeError):  # no JSON, or another program's
+        return {}
+
+
 def _file(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        described, loaded = _description(path), load_file(path)
+        if not described:
+            return loaded
+        network = BranchyNet(Architecture.from_json(described["architecture"]))
+        network.load_state_dict(loaded)
+        return network.backbone_state()
     except FileNotFoundError:
         raise InputError(
             f"weights = {path}: no such file; use `pretrained`, null, or a safetensors file"
         ) from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(
             f"weights = {path} cannot be read as a safetensors file ({error})"
         ) from error

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,11 @@ from safetensors.torch import save_file
 
 from edgeke.errors import InputError
 from edgeke.learning.architectures import normalised_for
+from edgeke.learning.checkpoints import Preprocessing, save_checkpoint
 from edgeke.networks.architecture import Backbone, ExitSpec
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.build import build_network
-from edgeke.networks.layouts import with_layout
+from edgeke.networks.layouts import single_exit, with_layout
 from edgeke.networks.weights import initial_weights
 from edgeke.params import Network
 
@@ -127,3 +129,20 @@ def test_images_are_normalised_as_the_pretrained_network_expects(dataset):
     assert adapted.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
     assert adapted.std == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
     assert normalised_for(Network("timm/resnet18"), dataset) == dataset
+
+
+@torch.no_grad()
+def test_a_trained_network_lends_its_weights_and_its_normalisation(dataset, tmp_path):
+    classes, (channels, _, side) = dataset.classes, dataset.image_shape
+    backbone = Backbone("resnet18", channels, len(classes), side, 8)
+    trained = BranchyNet(single_exit(backbone)).eval()
+    own = dataclasses.replace(dataset, mean=(0.25,) * channels, std=(0.125,) * channels)
+    preprocessing = Preprocessing.of(own)
+    path = tmp_path / "teacher"
+    save_checkpoint(trained, path, preprocessing=preprocessing, params={}, metrics={})
+    file = f"{path}.safetensors"
+    student = BranchyNet(with_layout((0.3,), backbone), initial_weights(backbone, file)).eval()
+    images = torch.randn(2, channels, side, side)
+    assert torch.equal(student(images)[-1], trained(images)[-1])
+    normalised = normalised_for(Network("resnet18", 8, weights=file), dataset)
+    assert (normalised.mean, normalised.std) == (own.mean, own.std)
