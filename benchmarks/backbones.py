@@ -90,7 +90,7 @@ def cifar(folder: Path, network: dict[str, Any], epochs: int) -> dict[str, Any]:
     profile["teacher"] = network
     weights = {"weights": "models/teacher.safetensors", "trunk": "frozen"}
     profile["student"] = network | weights
-    profile["recipes"]["train_teacher"] = {"epochs": epochs, "learning_rate": 0.1}
+    profile["recipes"]["train_teacher"] = {"epochs": epochs, "learning_rate": 0.05}
     return dict(content)
 
 
