@@ -38,7 +38,7 @@ class Segments:
             [tensor.name for tensor in session.get_outputs()] for session in self._sessions
         ]
         self._temperatures = np.asarray(policy.temperatures, np.float32)[:, None]
-        self._score = Score(policy.score, policy.score_weights)
+        self.score = Score(policy.score, policy.score_weights)
 
     def answer(
         self, images: NDArray[np.uint8], thresholds: Sequence[float], votes: Sequence[float]
@@ -58,17 +58,16 @@ class Segments:
         for exit, threshold in enumerate(thresholds):
             if not len(places):
                 break
-            logits, features = self._run(exit, features)
-            probabilities = calibrated_probabilities(logits[None], self._temperatures[exit])
+            probabilities, features = self.probabilities(exit, features)
             if exit == 0:
                 answers = np.empty((count, probabilities.shape[-1]), np.float32)
-                earlier = probabilities
+                earlier = probabilities[None]
             else:
-                earlier = np.concatenate([earlier, probabilities])
-            sure = self._score.at(earlier, exit) > np.float32(threshold)
+                earlier = np.concatenate([earlier, probabilities[None]])
+            sure = self.score.at(earlier, exit) > np.float32(threshold)
             if sure.any():
                 leaving, on = places[sure], ~sure
-                exit_of[leaving], answers[leaving] = exit, probabilities[0, sure]
+                exit_of[leaving], answers[leaving] = exit, probabilities[sure]
                 seconds[leaving] = time.perf_counter() - started
                 places, earlier = places[on], earlier[:, on]
                 features = features[on] if len(features) else features
@@ -76,6 +75,14 @@ class Segments:
             answers[places] = vote(earlier, votes)
             seconds[places] = time.perf_counter() - started
         return BatchAnswers(exit_of, answers, seconds)
+
+    def probabilities(self, exit: int, features: NDArray[Any]) -> tuple[Floats, NDArray[Any]]:
+        """An exit's probabilities `[N, K]` and the next one's features, from this one's.
+
+        Exit 0 takes images uint8 `[N, H, W, C]`; after the last there are no features.
+        """
+        logits, features = self._run(exit, features)
+        return calibrated_probabilities(logits[None], self._temperatures[exit])[0], features
 
     def stream(self, image: NDArray[np.uint8]) -> Iterator[Floats]:
         """Each exit's probabilities `[K]` for one image uint8 `[H, W, C]`, as they are ready.

@@ -1,0 +1,86 @@
+"""Serve a bundle: python -m edgeke.serving models. docs/serving.md has protocol and options."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from edgeke.errors import InputError, report
+
+_HEADERS = 64 * 2**10  # bytes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until a signal ends it. 0 after a signal, 1 for bad input."""
+    parser = argparse.ArgumentParser(prog="edgeke.serving", description=__doc__)
+    parser.add_argument("bundle", type=Path, help="a bundle folder, with segments/ in it")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from elsewhere")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--precision", choices=("int8", "fp32"), help="default: int8 where present")
+    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
+    parser.add_argument("--batch", type=int, default=32, help="most images in one batch")
+    parser.add_argument(
+        "--longest", type=float, default=1.0, metavar="SECONDS",
+        help="of work that may wait before requests without a deadline are refused",
+    )  # fmt: skip
+    parser.add_argument("--body-limit", type=int, default=32, metavar="MIB")
+    parser.add_argument("--tls-certificate", type=Path)
+    parser.add_argument("--tls-key", type=Path)
+    parser.add_argument("--token-file", type=Path, help="clients must send what is in it")
+    parser.add_argument(
+        "--log-level", default="info", choices=("debug", "info", "warning", "error")
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return _serve(options)
+    except InputError as error:
+        return report(error)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    try:
+        import uvicorn
+
+        from edgeke.serving.application import JsonLines, Server, Settings
+    except ImportError as error:
+        raise InputError(
+            f"{error.name} is missing: pip install -r requirements-serving.txt"
+        ) from None
+    if not 1 <= options.batch <= 1024 or not 1 <= options.body_limit <= 4096:
+        raise InputError("--batch must be 1 to 1024, --body-limit 1 to 4096 MiB")
+    if (options.tls_certificate is None) != (options.tls_key is None):
+        raise InputError("give both --tls-certificate and --tls-key, or neither")
+    for file in (options.tls_certificate, options.tls_key, options.token_file):
+        if file is not None and not os.access(file, os.R_OK):
+            raise InputError(f"{file} cannot be read")
+    token = options.token_file.read_text().strip() if options.token_file else None
+    if token == "":
+        raise InputError(f"{options.token_file} is empty; write a token into it")
+    settings = Settings(
+        options.bundle, options.precision, options.threads, token,
+        options.body_limit * 2**20, batch=options.batch, longest=options.longest,
+    )  # fmt: skip
+    server = Server(settings)
+    server.check()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=options.log_level.upper(), handlers=[handler], force=True)
+    uvicorn.run(
+        server.application,
+        host=options.host,
+        port=options.port,
+        http="h11",
+        h11_max_incomplete_event_size=_HEADERS,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        ssl_certfile=options.tls_certificate,
+        ssl_keyfile=options.tls_key,
+        timeout_keep_alive=30,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

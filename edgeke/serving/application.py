@@ -1,0 +1,386 @@
+"""The HTTP application: routes, checks, and what is said to clients."""
+
+import asyncio
+import contextlib
+import gzip
+import hmac
+import io
+import json
+import logging
+import math
+import signal
+import time
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from edgeke.device.choice import UnmetError
+from edgeke.device.classifier import Classifier
+from edgeke.device.decode import fit_picture, open_picture
+from edgeke.errors import InputError
+from edgeke.serving.batches import Answers, Batches, BusyError
+from edgeke.serving.metrics import Metrics
+from edgeke.serving.protocol import (
+    INPUT,
+    REQUIREMENTS,
+    check_requirements,
+    parse_infer,
+    write_infer,
+)
+
+MODEL = "edgeke"
+VERSION = "1"
+_LOG = logging.getLogger("edgeke.serving")
+_FREE = ("/v2/health/live", "/v2/health/ready")  # no token: load balancers have none
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a bundle is served.
+
+    `body_limit` in bytes; `body_seconds`: a client must have sent its body by then; `batch`: most
+    images of one batch; `longest`: seconds of work that may wait before requests without a deadline
+    are refused.
+    """
+
+    bundle: Path
+    precision: str | None = None
+    threads: int = 1
+    token: str | None = None
+    body_limit: int = 32 * 2**20
+    body_seconds: float = 10.0
+    batch: int = 32
+    longest: float = 1.0
+
+
+@dataclass
+class Server:
+    """One bundle behind HTTP; `application` is for any ASGI server."""
+
+    settings: Settings
+    metrics: Metrics = field(default_factory=Metrics)
+    batches: Batches | None = None
+
+    @property
+    def application(self) -> Starlette:
+        """The ASGI application."""
+        model = f"/v2/models/{MODEL}"
+        routes: list[Route] = [
+            Route("/v2", self._server_metadata),
+            Route("/v2/health/live", self._live),
+            Route("/v2/health/ready", self._ready),
+            Route("/classify", self._classify, methods=["POST"]),
+            Route("/metrics", self._metrics),
+        ]
+        for prefix in (model, f"{model}/versions/{VERSION}"):
+            routes += [
+                Route(prefix, self._model_metadata),
+                Route(f"{prefix}/ready", self._ready),
+                Route(f"{prefix}/infer", self._infer, methods=["POST"]),
+            ]
+        for route in routes:
+            route.app = self._guarded(route)
+        return Starlette(
+            routes=routes,
+            lifespan=self._lifespan,
+            exception_handlers={HTTPException: self._http_error},  # type: ignore[dict-item]
+        )
+
+    def check(self) -> Classifier:
+        """The bundle, opened. Errors: InputError when it cannot be served."""
+        made = self.settings
+        classifier = Classifier(made.bundle, made.precision, made.threads)
+        if classifier.open_segments() is None:
+            raise InputError(
+                f"there are no segments beside {classifier.bundle.model}; serve the bundle folder, "
+                "with segments/ in it"
+            )
+        return classifier
+
+    def _open(self) -> Batches:
+        made, classifier = self.settings, self.check()
+        return Batches(classifier, made.batch, made.longest)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self.batches = await asyncio.to_thread(self._open)
+        self.batches.start()
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self.reload()))
+        _LOG.info("ready", extra={"fields": {"bundle": str(self.settings.bundle)}})
+        yield
+        await self.batches.close()
+
+    async def reload(self) -> bool:
+        """Serve what is in the folder now; what was accepted is answered by the old model.
+
+        A folder that cannot be served changes nothing: the log says why, and False is returned.
+        """
+        try:
+            fresh = await asyncio.to_thread(self._open)
+        except InputError as error:
+            _LOG.error("the old model stays", extra={"fields": {"error": str(error)}})
+            return False
+        old, self.batches = self.batches, fresh
+        fresh.start()
+        if old is not None:
+            await old.close()
+        _LOG.info("reloaded", extra={"fields": {"bundle": str(self.settings.bundle)}})
+        return True
+
+    @property
+    def _open_batches(self) -> Batches:
+        if self.batches is None:
+            raise HTTPException(503, "the model is being loaded", {"retry-after": "1"})
+        return self.batches
+
+    def _guarded(self, route: Route) -> Callable[..., Awaitable[None]]:
+        """A route's application that checks the token, turns errors into sentences, and counts."""
+        endpoint: Callable[[Request], Awaitable[Response]] = route.endpoint
+
+        async def run(scope: Any, receive: Any, send: Any) -> None:
+            request, started = Request(scope, receive), time.perf_counter()
+            response = await self._answered(endpoint, request)
+            status = str(response.status_code)
+            self.metrics.requests.labels(status).inc()
+            if _LOG.isEnabledFor(logging.INFO) and request.url.path not in _FREE:
+                fields = {
+                    "method": request.method,
+                    "path": request.url.path,
+                    "status": response.status_code,
+                    "milliseconds": round((time.perf_counter() - started) * 1e3, 3),
+                }
+                _LOG.info("request", extra={"fields": fields})
+            await response(scope, receive, send)
+
+        return run
+
+    async def _answered(
+        self, endpoint: Callable[[Request], Awaitable[Response]], request: Request
+    ) -> Response:
+        if request.url.path not in _FREE and not self._admitted(request):
+            return _refusal(401, "send the header Authorization: Bearer <token>", "Bearer")
+        try:
+            return await endpoint(request)
+        except BusyError as error:
+            self.metrics.refused.labels("busy").inc()
+            response = _refusal(503, str(error))
+            response.headers["retry-after"] = str(max(1, math.ceil(error.seconds)))
+            return response
+        except UnmetError as error:
+            self.metrics.refused.labels("unmet").inc()
+            return JSONResponse({"error": str(error), "nearest": error.nearest}, 422)
+        except InputError as error:
+            self.metrics.refused.labels("bad").inc()
+            return _refusal(400, str(error))
+        except HTTPException as error:
+            return _refusal(error.status_code, error.detail)
+        except ClientDisconnect:
+            return _refusal(400, "the client left before its body had arrived")
+        except Exception:
+            _LOG.exception("failed")
+            return _refusal(500, "this is a fault of the server; its log says more")
+
+    def _admitted(self, request: Request) -> bool:
+        token = self.settings.token
+        given = request.headers.get("authorization", "")
+        expected = f"Bearer {token}"
+        return token is None or hmac.compare_digest(given.encode(), expected.encode())
+
+    async def _http_error(self, _: Request, error: HTTPException) -> Response:
+        self.metrics.requests.labels(str(error.status_code)).inc()
+        known = "there is /v2, /v2/models/edgeke, /v2/models/edgeke/infer, /classify, /metrics"
+        return _refusal(error.status_code, known if error.status_code == 404 else error.detail)
+
+    async def _live(self, _: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def _ready(self, _: Request) -> Response:
+        ready = self.batches is not None
+        return JSONResponse({"name": MODEL, "ready": ready}, 200 if ready else 503)
+
+    async def _server_metadata(self, _: Request) -> Response:
+        return JSONResponse(
+            {"name": MODEL, "version": VERSION, "extensions": ["binary_tensor_data"]}
+        )
+
+    async def _model_metadata(self, _: Request) -> Response:
+        classifier = self._open_batches.classifier
+        height, width, channels = classifier.image_shape
+        classes = len(classifier.classes)
+        outputs = {
+            "label": ("INT64", [-1]),
+            "class_name": ("BYTES", [-1]),
+            "probabilities": ("FP32", [-1, classes]),
+            "exit": ("INT64", [-1]),
+        }
+        return JSONResponse(
+            {
+                "name": MODEL,
+                "versions": [VERSION],
+                "platform": "edgeke_onnx",
+                "inputs": [
+                    {"name": INPUT, "datatype": "UINT8", "shape": [-1, height, width, channels]}
+                ],
+                "outputs": [
+                    {"name": name, "datatype": kind, "shape": shape}
+                    for name, (kind, shape) in outputs.items()
+                ],
+                "parameters": {
+                    "classes": list(classifier.classes),
+                    "requirements": list(REQUIREMENTS),
+                    "points": list(classifier.policy.named),
+                },
+            }
+        )
+
+    async def _metrics(self, _: Request) -> Response:
+        batches = self._open_batches
+        self.metrics.waiting.set(batches.images)
+        self.metrics.backlog.set(batches.backlog)
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _infer(self, request: Request) -> Response:
+        arrived, batches = time.perf_counter(), self._open_batches
+        body = await self._body(request)
+        length = request.headers.get("inference-header-content-length")
+        if length is not None and not (length.isascii() and length.isdigit()):
+            raise InputError(
+                f"Inference-Header-Content-Length = {length:.40} is no number of bytes"
+            )
+        classifier = batches.classifier
+        most = max(1, self.settings.body_limit // max(1, math.prod(classifier.image_shape)))
+        asked = parse_infer(body, int(length) if length else None, classifier.image_shape, most)
+        answers = await batches.answer(asked.images, asked.requirements, arrived)
+        self._count(answers)
+        labels = answers.probabilities.argmax(-1)
+        names = np.asarray(classifier.classes, object)
+        values = {
+            "label": labels,
+            "class_name": names[labels],
+            "probabilities": answers.probabilities,
+            "exit": answers.exit,
+        }
+        content, headers = write_infer(asked, MODEL, VERSION, values, _said(answers))
+        return Response(content, headers=headers)
+
+    async def _classify(self, request: Request) -> Response:
+        arrived, batches = time.perf_counter(), self._open_batches
+        requirements = check_requirements(dict(request.query_params))
+        body, classifier = await self._body(request), batches.classifier
+        pixels = await asyncio.to_thread(_decode, body, classifier)
+        answers = await batches.answer(pixels[None], requirements, arrived)
+        self._count(answers)
+        probabilities = answers.probabilities[0]
+        label = int(probabilities.argmax())
+        return JSONResponse(
+            {
+                "class": classifier.classes[label],
+                "label": label,
+                "probability": round(float(probabilities[label]), 6),
+                "exit": int(answers.exit[0]),
+                **_said(answers),
+            }
+        )
+
+    def _count(self, answers: Answers) -> None:
+        self.metrics.latency.observe(answers.seconds)
+        self.metrics.late.inc(answers.late)
+        for exit, count in zip(*np.unique(answers.exit, return_counts=True), strict=True):
+            self.metrics.exits.labels(str(exit)).inc(int(count))
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, unpacked; refused when it is too large or comes too slowly."""
+        limit = self.settings.body_limit
+        sentence = f"the body is larger than {limit} bytes"
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > limit:
+            raise HTTPException(413, sentence)
+        body = bytearray()
+
+        async def read() -> None:
+            async for chunk in request.stream():
+                body.extend(chunk)
+                if len(body) > limit:
+                    raise HTTPException(413, sentence)
+
+        try:
+            await asyncio.wait_for(read(), self.settings.body_seconds)
+        except TimeoutError:
+            raise HTTPException(
+                408, f"the body took over {self.settings.body_seconds:g} s"
+            ) from None
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if encoding == "identity":
+            return bytes(body)
+        if encoding not in ("gzip", "deflate"):
+            raise HTTPException(415, "use Content-Encoding gzip or deflate, or none")
+        return await asyncio.to_thread(_unpack, bytes(body), encoding, limit)
+
+
+def _said(answers: Answers) -> dict[str, Any]:
+    """The parameters of a response: point, promises, time."""
+    promised = {
+        f"promised_{name}": round(v, 6) for name, v in answers.promised.items() if name != "delta"
+    }
+    return {
+        "point": answers.point.name,
+        **promised,
+        "delta": answers.promised["delta"],
+        "milliseconds": round(answers.seconds * 1e3, 3),
+        "late": answers.late,
+    }
+
+
+class _Picture(io.BytesIO):
+    """A body that error messages call by its name."""
+
+    def __str__(self) -> str:
+        return "the picture"
+
+
+def _decode(body: bytes, classifier: Classifier) -> Any:
+    shape = classifier.image_shape
+    picture = open_picture(_Picture(body), shape[2])  # type: ignore[arg-type]
+    return fit_picture(picture, shape, classifier.bits, "the picture")
+
+
+def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
+    try:
+        if encoding == "gzip":
+            with gzip.open(io.BytesIO(body)) as file:
+                unpacked = file.read(limit + 1)
+        else:
+            unpacked = zlib.decompressobj().decompress(body, limit + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"the body is not {encoding} ({error})") from None
+    if len(unpacked) > limit:
+        raise HTTPException(413, f"the body is larger than {limit} bytes")
+    return unpacked
+
+
+def _refusal(status: int, sentence: str, challenge: str | None = None) -> JSONResponse:
+    headers = {} if challenge is None else {"www-authenticate": challenge}
+    return JSONResponse({"error": sentence}, status, headers)
+
+
+class JsonLines(logging.Formatter):
+    """A log line as JSON: time, level, message, and the record's `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = {"time": record.created, "level": record.levelname, "message": record.getMessage()}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
