@@ -76,7 +76,6 @@ def cifar(folder: Path, network: dict[str, Any], epochs: int) -> dict[str, Any]:
     content["profile"], content["data"]["path"] = "image_folder", str(folder)
     content["branchynet"]["layout"] = [0.1, 0.25, 0.5, 0.75]
     content["kd"]["distance"] = "none"
-    content["training"]["precision"] = "bf16"
     profile = content["profiles"]["image_folder"]
     sizes = {
         "image_size": 32,
