@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32, help="most images in one batch")
     parser.add_argument(
         "--longest", type=float, default=1.0, metavar="SECONDS",
-        help="of work that may wait before requests without a deadline are refused",
+        help="of work that may wait before requests are refused",
     )  # fmt: skip
     parser.add_argument("--body-limit", type=int, default=32, metavar="MIB")
     parser.add_argument("--tls-certificate", type=Path)

@@ -48,8 +48,7 @@ class Settings:
     """How a bundle is served.
 
     `body_limit` in bytes; `body_seconds`: a client must have sent its body by then; `batch`: most
-    images of one batch; `longest`: seconds of work that may wait before requests without a deadline
-    are refused.
+    images of one batch; `longest`: seconds of work that may wait before requests are refused.
     """
 
     bundle: Path
@@ -252,6 +251,7 @@ class Server:
 
     async def _infer(self, request: Request) -> Response:
         arrived, batches = time.perf_counter(), self._open_batches
+        batches.check_load()
         body = await self._body(request)
         length = request.headers.get("inference-header-content-length")
         if length is not None and not (length.isascii() and length.isdigit()):
@@ -276,6 +276,7 @@ class Server:
 
     async def _classify(self, request: Request) -> Response:
         arrived, batches = time.perf_counter(), self._open_batches
+        batches.check_load()
         requirements = check_requirements(dict(request.query_params))
         body, classifier = await self._body(request), batches.classifier
         pixels = await asyncio.to_thread(_decode, body, classifier)
@@ -315,7 +316,8 @@ class Server:
                     raise HTTPException(413, sentence)
 
         try:
-            await asyncio.wait_for(read(), self.settings.body_seconds)
+            async with asyncio.timeout(self.settings.body_seconds):
+                await read()
         except TimeoutError:
             raise HTTPException(
                 408, f"the body took over {self.settings.body_seconds:g} s"

@@ -27,6 +27,9 @@ from edgeke.serving.costs import SegmentCosts, measure
 # No batch runs longer, so that an image that is nearly done waits for no long one.
 _BATCH_SECONDS = 0.005
 _MEASURE_SECONDS = 2.0
+# How often the event loop's delay is looked at, in seconds. What waits in sockets waits for a turn
+# of the loop to be read, one to be understood, and one to be answered.
+_LOOK, _TURNS = 0.005, 3
 # How many times its expected time a batch may have taken lately: known at most, and forgotten so.
 _MOST_SLACK, _FORGET = 4.0, 0.97
 
@@ -105,7 +108,7 @@ class Batches:
 
     classifier: Classifier
     most: int = 32
-    longest: float = 1.0  # seconds of work that may wait before requests without a deadline
+    longest: float = 1.0  # seconds of work that may wait
     costs: SegmentCosts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,15 +124,23 @@ class Batches:
         self._waiting: list[deque[_Part]] = [deque() for _ in exits]
         self._backlog = 0.0  # expected seconds of all that was accepted
         self._slack = _Slack()
+        self._lag = 0.0  # seconds that a turn of the event loop takes
         self._wake = asyncio.Event()
         self._closing = False
         self._pool = ThreadPoolExecutor(1, "segments")
         self._worker: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     @property
     def backlog(self) -> float:
-        """Seconds of work that wait, as expected now."""
-        return max(0.0, self._backlog) * self._slack.mean
+        """Seconds that a new image waits, as expected now: for other work, and to be read."""
+        return max(0.0, self._backlog) * self._slack.mean + _TURNS * self._lag
+
+    def check_load(self) -> None:
+        """Errors: BusyError when more waits than `longest`, whatever a request says."""
+        if self.backlog > self.longest:
+            seconds = self.backlog - self.longest
+            raise BusyError(f"{self.backlog:.3f} seconds of work wait; ask again later", seconds)
 
     @property
     def images(self) -> int:
@@ -139,11 +150,14 @@ class Batches:
     def start(self) -> None:
         """Begin to answer."""
         self._worker = asyncio.create_task(self._work())
+        self._watch = asyncio.create_task(self._look())
 
     async def close(self) -> None:
         """Answer all that was accepted, then stop."""
         self._closing = True
         self._wake.set()
+        if self._watch is not None:
+            self._watch.cancel()
         if self._worker is not None:
             await self._worker
         self._pool.shutdown()
@@ -194,9 +208,7 @@ class Batches:
                 f"{seconds:.3f} seconds of work wait; without them this could be met ({error})",
                 seconds,
             ) from None
-        if "deadline_ms" not in requirements and self.backlog > self.longest:
-            seconds = self.backlog - self.longest
-            raise BusyError(f"{self.backlog:.3f} seconds of work wait; ask again later", seconds)
+        self.check_load()
         return point
 
     def _choose(
@@ -227,6 +239,14 @@ class Batches:
         }
         kept = {name: value for name, value in promised.items() if math.isfinite(value)}
         return point, kept | {"delta": delta}
+
+    async def _look(self) -> None:
+        """How long others wait for their turn: as long as this does."""
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(_LOOK)
+            lag = max(0.0, time.perf_counter() - before - _LOOK - 0.001)
+            self._lag = max(lag, 0.7 * self._lag)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
