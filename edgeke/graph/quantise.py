@@ -41,6 +41,7 @@ def quantise(
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    excluded: list[str] = []
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it advises what is done here already
@@ -50,6 +51,7 @@ def quantise(
             # Biases that the exporter shares through Identity nodes would stay in single precision,
             # and their convolutions with them: four times slower.
             quant_pre_process(copy.deepcopy(model), prepared, skip_symbolic_shape=True)
+            excluded = _left_out(onnx.load(prepared), depthwise)
             quantize_static(
                 prepared,
                 target,
@@ -60,11 +62,12 @@ def quantise(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=["Conv", "MatMul", "Relu", "Clip", "MaxPool"],
-                nodes_to_exclude=_left_out(onnx.load(prepared), depthwise),
+                nodes_to_exclude=excluded,
             )
         finally:
             root.setLevel(level)
         quantised = onnx.load(target)
+    _shield(quantised, excluded)
     quantised.ir_version = IR_VERSION
     standard = [opset for opset in quantised.opset_import if opset.domain == ""]
     del quantised.opset_import[:]
@@ -110,6 +113,31 @@ def _left_out(model: onnx.ModelProto, depthwise: bool) -> list[str]:
             if (few and _groups(node) == 1) or (not depthwise and _groups(node) > 1):
                 names.append(node.name)
     return names
+
+
+def _shield(model: onnx.ModelProto, excluded: Sequence[str]) -> None:
+    """Keep ONNX Runtime from quantising the excluded convolutions after all.
+
+    On loading it quantises the weights of a convolution between a DequantizeLinear and a
+    QuantizeLinear (or a Relu or Clip before that), with one scale for all channels, which ruins
+    depthwise ones. The maximum of a single tensor, that tensor, hides the QuantizeLinear from it.
+    """
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            source = made_by.get(node.input[0])
+            if source is not None and source.op_type in ("Relu", "Clip"):
+                source = made_by.get(source.input[0])
+            before = None if source is None else made_by.get(source.input[0])
+            between = before is not None and before.op_type == "DequantizeLinear"
+            if source is not None and source.name in excluded and between:
+                shielded = f"{node.input[0]}_shielded"
+                nodes.append(onnx.helper.make_node("Max", [node.input[0]], [shielded], shielded))
+                node.input[0] = shielded
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _groups(node: onnx.NodeProto) -> int:

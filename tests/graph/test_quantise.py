@@ -2,6 +2,7 @@ import collections
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from toys import SIZE, randomise
@@ -102,3 +103,37 @@ def test_depthwise_convolutions_and_weights_as_asked_for(dataset):
     assert 0 < len(some) < len(everywhere)
     assert not any(array.shape[1] == 1 and array.ndim == 4 for array in some)
     assert max(np.abs(array.astype(int)).max() for array in some) > 64
+
+
+def test_what_stays_in_single_precision_is_not_quantised_on_loading():
+    """ONNX Runtime gives such weights one scale for all channels: here most would become 0."""
+    random = np.random.default_rng(0)
+    depthwise = random.normal(size=(64, 1, 3, 3)).astype(np.float32)
+    depthwise[0] *= 1000
+    weights = {
+        "one": random.normal(size=(64, 8, 1, 1)).astype(np.float32),
+        "depthwise": depthwise,
+        "three": random.normal(size=(4, 64, 1, 1)).astype(np.float32),
+    }
+    weights["three"][:, 0] = 0  # the large channel is not read: the small ones decide
+    nodes, tensor = [], "features_in"
+    for number, name in enumerate(weights):
+        more = {"group": 64, "pads": [1] * 4} if name == "depthwise" else {}
+        node = onnx.helper.make_node("Conv", [tensor, name], [f"{name}_out"], name, **more)
+        last = number == len(weights) - 1
+        tensor = "logits" if last else f"{name}_relu"
+        nodes += [node, onnx.helper.make_node("Relu", node.output, [tensor], tensor)]
+    shapes = (("features_in", ["n", 8, 8, 8]), ("logits", ["n", 4, 8, 8]))
+    ends = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes]
+    held = [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = onnx.helper.make_graph(nodes, "toy", ends[:1], ends[1:], held)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    model.ir_version = 8
+    features = random.random((32, 8, 8, 8), np.float32)
+    quantised = quantise(model, features, depthwise=False).SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    as_written = onnxruntime.InferenceSession(quantised, options, ["CPUExecutionProvider"])
+    sessions = (as_written, open_session(quantised))
+    exact, answers = (s.run(None, {"features_in": features})[0] for s in sessions)
+    assert np.abs(answers - exact).mean() < 0.02 * exact.std()
