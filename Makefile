@@ -2,7 +2,7 @@
 VENV := .venv/bin
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 
-.PHONY: help setup setup-test run demo test check show compare plots picture ui bundle promote resend test-all
+.PHONY: serve help setup setup-test run demo test check show compare plots picture ui bundle promote resend test-all
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -51,6 +51,10 @@ ui: setup ## open MLflow on the project's store (http://127.0.0.1:5000)
 
 bundle: setup ## bundle/ and bundle.zip: the built model with all it needs on a device
 	@scripts/bundle
+
+serve: ## answer over HTTP at http://127.0.0.1:8000 (docs/serving.md)
+	@scripts/setup requirements-serving.txt
+	python -m edgeke.serving models
 
 promote: setup ## alias a certified model: make promote RUN=name-or-id [ALIAS=challenger]
 	python -m edgeke.promote $(RUN) --alias $(or $(ALIAS),champion)
