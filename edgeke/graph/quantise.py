@@ -81,13 +81,17 @@ def quantise_segments(
     segments: Sequence[onnx.ModelProto],
     images: NDArray[np.uint8],
     *,
-    depthwise: bool = True,
+    exact_from: int = 1_000_000,
     weight_bits: int = 7,
 ) -> list[onnx.ModelProto]:
-    """Each segment, quantised on what those before it (fp32) make of `images` `[N, H, W, C]`."""
+    """Each segment, quantised on what those before it (fp32) make of `images` `[N, H, W, C]`.
+
+    Depthwise convolutions stay in single precision in the segments from `exact_from` on.
+    """
     features: _Inputs = images
     quantised = []
-    for segment in segments:
+    for number, segment in enumerate(segments):
+        depthwise = number < exact_from
         quantised.append(quantise(segment, features, depthwise=depthwise, weight_bits=weight_bits))
         session = open_session(segment.SerializeToString(), 0)
         name = session.get_inputs()[0].name
