@@ -41,7 +41,7 @@ def test_a_bundle_holds_what_a_device_needs_and_no_more(models, tmp_path):
     }  # fmt: skip
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "edgeke" / "device").glob("*.py")}
     assert package == {"edgeke/__init__.py", "edgeke/errors.py", *expected}
-    assert len((tmp_path / "out" / "bundle" / "README.md").read_text().splitlines()) == 5
+    assert len((tmp_path / "out" / "bundle" / "README.md").read_text().splitlines()) == 6
     with zipfile.ZipFile(archive) as packed:
         assert set(packed.namelist()) == {f"bundle/{name}" for name in content}
         assert packed.read("bundle/segments/fp32/0.onnx") == b"segments/fp32/0.onnx"
