@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 
@@ -116,6 +117,26 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
         raise InputError(f"{name} is damaged: {error}; copy or export it again") from error
     shape = (height, width, channels)
     return Metadata(policy, classes, shape, bits, metadata.get("segments_sha256"), blocks)
+
+
+def describe_pixels(shape: tuple[int, int, int], fit: str = "crop") -> dict[str, Any]:
+    """What an image must be, for the metadata: a reader in another language has no other source.
+
+    `fit`: how the pipeline brought pictures to the size, `crop` (scaled to cover it, cropped at the
+    centre).
+    """
+    height, width, channels = shape
+    return {
+        "type": "uint8",
+        "range": [0, 255],
+        "layout": "HWC",
+        "height": height,
+        "width": width,
+        "order": "grey" if channels == 1 else "RGB",
+        "fit": fit,
+        "resampling": "bicubic, averaging where it shrinks (Pillow's BICUBIC)",
+        "normalisation": "in the model",
+    }
 
 
 def read_segments(folder: Path, metadata: Metadata, model: Path) -> list[Path]:

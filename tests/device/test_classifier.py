@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from onnx import helper
 from toys import CLASSES, SIZE, replace
 
 from edgeke.device import classifier as module
+from edgeke.device.bundle import describe_pixels
 from edgeke.device.choice import UnmetError
 from edgeke.device.classifier import Classifier
 from edgeke.device.policy import force_exit
@@ -291,6 +293,20 @@ def test_links_within_a_bundle_are_followed(bundle, images, tmp_path):
     (bundle / "edgeke.onnx").symlink_to("..data/edgeke.onnx")
     (tmp_path / "current").symlink_to(bundle)
     assert len(Classifier(tmp_path / "current").predict_batch(images)) == len(images)
+
+
+@pytest.mark.parametrize("name", ["margin", "int8"])
+def test_the_model_says_what_its_pixels_are(bundles, name):
+    (file,) = bundles[name].glob("edgeke*.onnx")
+    carried = {prop.key: prop.value for prop in onnx.load(file).metadata_props}
+    pixels = json.loads(carried["pixels"])
+    assert pixels["resampling"].startswith("bicubic")
+    del pixels["resampling"]
+    assert pixels == {
+        "type": "uint8", "range": [0, 255], "layout": "HWC", "height": 8, "width": 8,
+        "order": "grey", "fit": "crop", "normalisation": "in the model",
+    }  # fmt: skip
+    assert describe_pixels((3, 4, 3))["order"] == "RGB"
 
 
 def test_colours_may_be_blue_first(bundle, images, monkeypatch):
