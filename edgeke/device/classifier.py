@@ -123,6 +123,7 @@ class Classifier:
         # Choosing takes as long as answering a small image; requests repeat.
         self._plans: dict[tuple[Request, Profile | None], _Plan] = {}
         self._warm_up(self._session)
+        self.predict(self._noise())  # choosing a point is slower the first time, too
         _classifiers.add(self)
 
     def __enter__(self) -> Self:

@@ -15,6 +15,7 @@ from typing import Any
 
 import onnxruntime
 
+from edgeke.device.session import cores
 from edgeke.device.timing import summary, time_interleaved
 
 # A deeper exit counts at least this much more than the one before it.
@@ -82,7 +83,7 @@ def processor() -> str:
                 parts.add("/".join(core.get(f"CPU {name}", "?") for name in _CORE))
             core = {}
     who = [names[-1], *sorted(parts), _read("proc/device-tree/model").strip("\0 \n")]
-    words = [platform.machine(), f"{os.cpu_count()} cores"]
+    words = [platform.machine(), f"{cores()} cores"]
     words += list(dict.fromkeys(filter(None, who))) or [f"unknown processor of {platform.node()}"]
     frequencies = {_read(file) for file in _ROOT.glob(_FREQUENCY)}  # in kHz
     words += [f"{int(value) // 1000} MHz" for value in sorted(frequencies) if value.strip()]

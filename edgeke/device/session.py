@@ -35,7 +35,7 @@ _CAUSES = {
 def open_session(
     model: Path | bytes, threads: int = 1, profile: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """A CPU session on `threads` threads that does not spin while idle.
+    """A CPU session on `threads` threads (0: all cores) that do not spin while idle.
 
     Spinning pools of several sessions starve each other. With `profile`, how its file's name
     begins, ONNX Runtime's profiler is on. No data is read from outside the model. Errors:
@@ -48,6 +48,8 @@ def open_session(
     else:
         check_content(model, name)
     options = onnxruntime.SessionOptions()
+    if threads == 0 and cores() < (os.cpu_count() or 1):
+        threads = cores()  # ONNX Runtime would count those that this process may not use
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -65,6 +67,13 @@ def open_session(
     except Exception as error:  # ONNX Runtime raises classes of its own, below Exception
         reason = " ".join(str(error).split())
         raise InputError(f"{name} {_cause(model, error)} ({reason})") from error
+
+
+def cores() -> int:
+    """How many cores this process may use: fewer than there are in a container, or by taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cause(model: Path | bytes, error: Exception) -> str:

@@ -22,6 +22,9 @@ from edgeke.device.choice import UnmetError
 from edgeke.device.classifier import Classifier
 from edgeke.errors import InputError
 
+# Python 3.12 and newer warn of what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 
 def forked(work, seconds: float = 30) -> int | None:
     """The exit status of a forked child that does the work and ends; None where it hangs."""
@@ -146,6 +149,23 @@ def test_a_dropped_classifier_is_freed_without_the_collector(bundle, images):
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_all_cores_are_those_that_the_process_may_use(bundle):
+    """In a container, or below taskset, more threads would fight for them."""
+    code = (
+        "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from edgeke.device.classifier import Classifier\n"
+        "from edgeke.device.profile import processor\n"
+        "before = len(os.listdir('/proc/self/task')); Classifier(sys.argv[1], threads=0)\n"
+        "print(len(os.listdir('/proc/self/task')) - before, processor())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, bundle], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("0 ")
+    assert ", 1 cores, " in done.stdout
 
 
 RELOAD = """
