@@ -122,8 +122,7 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
 def describe_pixels(shape: tuple[int, int, int], fit: str = "crop") -> dict[str, Any]:
     """What an image must be, for the metadata: a reader in another language has no other source.
 
-    `fit`: how the pipeline brought pictures to the size, `crop` (scaled to cover it, cropped at the
-    centre).
+    `fit`: how the pipeline brings pictures to the size (`frames.fit_frame` has the words).
     """
     height, width, channels = shape
     return {

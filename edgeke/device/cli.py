@@ -93,8 +93,7 @@ def _info(classifier: Classifier) -> None:
     _say(f"segments   {bundle.segments or 'none: no stream, batches image by image'}")
     colour = "grey" if channels == 1 else "RGB"
     print(f"image      uint8 {colour}, {height} x {width} (height x width), [H, W, {channels}]")
-    print("           0 to 255; normalised in the model; arrays must have this size,")
-    print("           pictures are scaled (bicubic) to cover it and cropped at the centre")
+    print("           0 to 255, normalised in the model; arrays must have this size")
     if classifier.bits != BITS:
         print(f"pictures   of 16 bits per pixel have {classifier.bits} significant bits")
     _say(f"classes    {len(classifier.classes)}: {', '.join(classifier.classes)}")

@@ -16,14 +16,15 @@ _Pixels = NDArray[np.uint8]
 _Y, _V_TO_R, _U_TO_G, _V_TO_G, _U_TO_B = 255 / 219, 1.596027, -0.391762, -0.812968, 2.017232
 
 
-def fit_frame(frame: Any, shape: tuple[int, int, int]) -> _Pixels:
-    """A frame uint8 `[h, w, C]` or `[h, w]` scaled to cover a model's H x W, cropped at the centre.
+def fit_frame(frame: Any, shape: tuple[int, int, int], fit: str = "crop") -> _Pixels:
+    """A frame uint8 `[h, w, C]` or `[h, w]`, scaled to a model's H x W as pictures in files are.
 
-    The same weights as Pillow's `ImageOps.fit` with BICUBIC, by which the pipeline reads pictures:
-    of a wide frame less than 1 % of the values differ, by 1 or 2. Of an upright one up to a quarter
-    differ by 1 and few by more, where Pillow (from 13 on) begins with the other direction. The
-    order of channels stays.
-    Errors: InputError for another type or shape.
+    With `crop` it covers H x W and is cropped at the centre; with `pad` it lies inside, in the
+    middle of black; with `stretch` each side has its own factor; with `exact` another size is
+    refused. The weights are those of Pillow's BICUBIC: of a wide frame less than 1 % of the values
+    differ from Pillow's, by 1 or 2. Of an upright one up to a quarter differ by 1 and few by more,
+    where Pillow (from 13 on) begins with the other direction. The order of channels stays.
+    Errors: InputError for another type, shape or `fit`.
     """
     values = np.asarray(frame)
     if values.dtype != np.uint8 or values.ndim not in (2, 3) or not values.size:
@@ -33,13 +34,24 @@ def fit_frame(frame: Any, shape: tuple[int, int, int]) -> _Pixels:
         )
     height, width, _ = shape
     rows, columns = values.shape[:2]
-    scale = min(rows / height, columns / width)
-    across = _weights(columns, scale, width)
-    scaled = np.tensordot(across, values.astype(np.float32), (1, 1))  # [W, h, C]
-    scaled = np.rint(scaled).clip(0, 255)  # as Pillow rounds after each direction
-    scaled = np.tensordot(_weights(rows, scale, height), scaled, (1, 1))
-    pixels: _Pixels = np.rint(scaled).clip(0, 255).astype(np.uint8)
-    return pixels
+    if (rows, columns) == (height, width):
+        return values
+    if fit == "crop":
+        scale = min(rows / height, columns / width)
+        return _scaled(values, (height * scale, width * scale), (height, width))
+    if fit == "stretch":
+        return _scaled(values, (rows, columns), (height, width))
+    if fit == "pad":
+        factor = min(width / columns, height / rows)
+        inside = max(1, round(rows * factor)), max(1, round(columns * factor))
+        top, left = (height - inside[0]) // 2, (width - inside[1]) // 2
+        padded = np.zeros((height, width, *values.shape[2:]), np.uint8)
+        part = padded[top : top + inside[0], left : left + inside[1]]
+        part[...] = _scaled(values, (rows, columns), inside)
+        return padded
+    if fit == "exact":
+        raise InputError(f"a frame is {columns} x {rows}, and the model takes {width} x {height}")
+    raise InputError(f"fit = {fit!r:.40} must be crop, pad, stretch or exact")
 
 
 def nv12_to_rgb(frame: Any, height: int, width: int) -> _Pixels:
@@ -86,13 +98,24 @@ def _to_rgb(luma: _Pixels, chroma: _Pixels) -> _Pixels:
     return pixels
 
 
-def _weights(size: int, scale: float, target: int) -> NDArray[np.float32]:
-    """How much each pixel of a line counts for each of `target`, `[target, size]`.
+def _scaled(
+    values: _Pixels, part: tuple[float, float], target: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """The middle `part` (rows, columns) of an image, scaled to `target` (rows, columns)."""
+    down, across = (_weights(*each) for each in zip(values.shape, part, target, strict=False))
+    wide = np.tensordot(across, values.astype(np.float32), (1, 1))  # [columns, h, C]
+    wide = np.rint(wide).clip(0, 255)  # as Pillow rounds after each direction
+    pixels: _Pixels = np.rint(np.tensordot(down, wide, (1, 1))).clip(0, 255).astype(np.uint8)
+    return pixels
 
-    Keys' bicubic (a = -0.5), widened where it shrinks, over the middle `target * scale` pixels.
+
+def _weights(size: int, part: float, target: int) -> NDArray[np.float32]:
+    """How much each of `size` pixels of a line counts for each of `target`, `[target, size]`.
+
+    Keys' bicubic (a = -0.5), widened where it shrinks, over the middle `part` of the line.
     """
-    first = (size - target * scale) / 2
-    centres = first + (np.arange(target) + 0.5) * scale
+    scale = part / target
+    centres = (size - part) / 2 + (np.arange(target) + 0.5) * scale
     x = np.abs(np.arange(size) + 0.5 - centres[:, None]) / max(scale, 1)
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     values = np.where(x < 1, near, np.where(x < 2, far, 0))

@@ -6,7 +6,7 @@ docs/device.md has the same numbers.
 import numpy as np
 import pytest
 from frames import as_nv12, as_yuyv
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 from edgeke.device.decode import fit_picture
@@ -44,8 +44,22 @@ def test_a_frame_is_scaled_as_a_file_is(photo, shape):
     assert (off > 0).mean() < 0.25
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_frames_are_stretched_and_padded(photo, shape):
+    height, width, _ = shape
+    picture, bicubic = Image.fromarray(photo), Image.Resampling.BICUBIC
+    expected = np.asarray(picture.resize((width, height), bicubic))
+    assert difference(fit_frame(photo, shape, "stretch"), expected).mean() < 0.3
+    padded = fit_frame(photo, shape, "pad")
+    inside = ImageOps.contain(picture, (width, height), bicubic)
+    expected = Image.new("RGB", (width, height))
+    expected.paste(inside, ((width - inside.width) // 2, (height - inside.height) // 2))
+    assert difference(padded, np.asarray(expected)).mean() < 0.3
+
+
 def test_the_size_of_the_model_changes_nothing(photo):
-    assert np.array_equal(fit_frame(photo, photo.shape), photo)
+    for fit in ("crop", "pad", "stretch", "exact"):
+        assert np.array_equal(fit_frame(photo, photo.shape, fit), photo)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +106,8 @@ def test_opencv_agrees_on_raw_frames_and_differs_in_scaling(photo):
     [
         (lambda: fit_frame(np.zeros((4, 4), np.float32), (2, 2, 1)), "a frame is float32"),
         (lambda: fit_frame(np.zeros((0, 4), np.uint8), (2, 2, 1)), r"of shape \[0, 4\]"),
+        (lambda: fit_frame(np.zeros((4, 6), np.uint8), (2, 2, 1), "exact"), "is 6 x 4, and the mo"),
+        (lambda: fit_frame(np.zeros((4, 6), np.uint8), (2, 2, 1), "cut"), "fit = 'cut' must be"),
         (lambda: nv12_to_rgb(bytes(20), 4, 4), "20 values .* no NV12 frame of 4 x 4, which has 24"),
         (lambda: nv12_to_rgb(bytes(13), 3, 3), "no NV12 frame of 3 x 3"),
         (lambda: yuyv_to_rgb(np.zeros(32, np.int16), 4, 4), "type int16 are no YUYV frame"),
