@@ -121,3 +121,12 @@ def test_the_script_packs_from_the_root(models, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "packed.zip" in done.stdout
     assert (tmp_path / "packed.zip").is_file()
+
+
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle, "make_bundle", interrupt)
+    assert bundle.main(["--out", str(tmp_path / "b")]) == 130
+    assert capsys.readouterr().err == "stopped\n"
