@@ -81,6 +81,8 @@ def plain_picture(picture: Any, channels: int) -> Any:
         return Image.fromarray(np.asarray(picture).astype(np.uint16))
     if picture.mode in ("I", "F"):
         return picture
+    if picture.mode == "La":
+        picture = picture.convert("LA")
     palette = picture.mode == "P" and picture.palette.mode == "RGBA"  # as quantize() gives
     if palette or picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
         white = Image.new("RGBA", picture.size, "white")
@@ -113,6 +115,10 @@ def _to_shape(actual: Sequence[int], shape: _Shape) -> str:
         return "predict takes one image: use predict_batch for several"
     if actual == (channels, height, width):
         return "put the channels last: image.transpose(1, 2, 0)"
+    if actual[:2] == (width, height) != (height, width):
+        return (
+            "its sides are swapped: height comes first; sizes in OpenCV and Pillow are width first"
+        )
     if actual[:2] != (height, width):
         return (
             "resize it, for instance with Pillow: "

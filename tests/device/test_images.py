@@ -34,11 +34,12 @@ def test_a_pillow_picture_of_any_mode_is_converted(mode):
     assert np.array_equal(check_image(picture, GREY)[..., 0], np.asarray(picture.convert("L")))
 
 
-@pytest.mark.parametrize("mode", ["LA", "RGBA", "RGBa", "P"])
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBA", "RGBa", "P"])
 def test_a_picture_with_transparency_is_laid_over_white(mode):
     picture = Image.new("LA", (6, 8), (0, 0))
     picture.paste((200, 255), (0, 0, 3, 8))
-    picture = picture.convert("RGBA")
+    if mode != "La":
+        picture = picture.convert("RGBA")
     picture = picture.quantize(8) if mode == "P" else picture.convert(mode)
     for shape in (GREY, COLOUR):
         pixels = check_image(picture, shape)
@@ -66,7 +67,8 @@ def test_blue_first_is_turned_for_arrays_alone():
         (blank(8, 6, kind=np.uint16), GREY, r"uint16, not uint8; convert: \(image >> 8\)"),
         ("picture.png", GREY, "not uint8; give pixels from 0 to 255"),
         ([[1.0, 2.0], [3.0]], GREY, "cannot be read as an array"),
-        (blank(6, 8), GREY, r"shape \[6, 8\], the model takes \[8, 6, 1\].*fit\(picture, \(6"),
+        (blank(9, 8), GREY, r"shape \[9, 8\], the model takes \[8, 6, 1\].*fit\(picture, \(6"),
+        (blank(6, 8, 3), COLOUR, "its sides are swapped: height comes first"),
         (blank(8, 6), COLOUR, r"repeat the grey channel: numpy\.repeat\(image"),
         (blank(8, 6, 4), COLOUR, r"image\[\.\.\., :3\]; the first must be red, or .*order=\"bgr\""),
         (blank(3, 8, 6), COLOUR, r"channels last: image\.transpose\(1, 2, 0\)"),
