@@ -1,3 +1,1 @@
 """EdgeKE: on-demand vision models for edge devices through distillation and early exits."""
-
-__all__: list[str] = []

@@ -19,6 +19,7 @@ _CONTENTS = "CONTENTS.txt"
 _README = """# EdgeKE bundle
 
 On the device (Python 3.11 or newer): pip install numpy onnxruntime, and pillow for pictures
+Pixels: uint8, height x width x channels, 0 to 255, RGB (for OpenCV's: Classifier(".", order="bgr"))
 In this folder: python -m edgeke.device info .  (then: profile, predict, benchmark)
 In Python: from edgeke.device.classifier import Classifier; Classifier(".").predict(image)
 """
@@ -128,6 +129,9 @@ def main(arguments: Sequence[str]) -> int:
         archive = make_bundle(options.models, options.out)
     except InputError as error:
         return report(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     print(f"{options.out}/ and {archive} ({archive.stat().st_size / 2**20:.1f} MiB)")
     return 0
 

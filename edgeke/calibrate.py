@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 
 from edgeke.data.dataset import Split, channels_last
-from edgeke.device.bundle import segments_hash
+from edgeke.device.bundle import describe_pixels, segments_hash
 from edgeke.device.manifest import Manifest
 from edgeke.device.policy import Policy, force_exit, parse_policy
 from edgeke.device.scores import Score, calibrated_probabilities
@@ -81,10 +81,9 @@ def calibrate(
 def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> bytes:
     """The one file: the segments in one model, with what a device must know in its metadata.
 
-    That is the policy, class names, input shape `[H, W, C]`, significant bits of 16-bit pictures,
-    the blocks, and the segments' hash, by which a device tells whether the segments beside the file
-    are its.
-    Errors: InputError for a policy that a device would refuse.
+    That is the policy, class names, input shape `[H, W, C]`, what its pixels are, significant bits
+    of 16-bit pictures, the blocks, and the segments' hash, by which a device tells whether the
+    segments beside the file are its. Errors: InputError for a policy that a device would refuse.
     """
     text = json.dumps(policy.to_json())
     parse_policy(text)
@@ -92,6 +91,7 @@ def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> byt
         "policy": text,
         "classes": json.dumps(list(manifest.classes)),
         "image_shape": json.dumps(list(manifest.image_shape)),
+        "pixels": json.dumps(describe_pixels(manifest.image_shape)),
         "bits": json.dumps(manifest.bits),
         "segments_sha256": segments_hash(segments),
         "blocks": json.dumps([asdict(block) for block in manifest.blocks]),

@@ -41,7 +41,7 @@ def test_a_bundle_holds_what_a_device_needs_and_no_more(models, tmp_path):
     }  # fmt: skip
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "edgeke" / "device").glob("*.py")}
     assert package == {"edgeke/__init__.py", "edgeke/errors.py", *expected}
-    assert len((tmp_path / "out" / "bundle" / "README.md").read_text().splitlines()) == 5
+    assert len((tmp_path / "out" / "bundle" / "README.md").read_text().splitlines()) == 6
     with zipfile.ZipFile(archive) as packed:
         assert set(packed.namelist()) == {f"bundle/{name}" for name in content}
         assert packed.read("bundle/segments/fp32/0.onnx") == b"segments/fp32/0.onnx"
@@ -121,3 +121,12 @@ def test_the_script_packs_from_the_root(models, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "packed.zip" in done.stdout
     assert (tmp_path / "packed.zip").is_file()
+
+
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle, "make_bundle", interrupt)
+    assert bundle.main(["--out", str(tmp_path / "b")]) == 130
+    assert capsys.readouterr().err == "stopped\n"

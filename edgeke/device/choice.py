@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from edgeke.device.policy import OperatingPoint, Policy
 from edgeke.device.promises import samples_needed
@@ -16,6 +17,10 @@ class UnmetError(InputError):
     def __init__(self, message: str, nearest: float | None) -> None:
         super().__init__(message)
         self.nearest = nearest
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Also from a worker process, which sends its errors back."""
+        return type(self), (str(self), self.nearest)
 
 
 @dataclass(frozen=True)

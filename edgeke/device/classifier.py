@@ -1,20 +1,26 @@
 """The classifier of a device: requirements in, answers out. Safe to share between threads."""
 
+import collections
+import ctypes
+import math
+import os
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from edgeke.device.blocks import BlockProfile, profile_blocks
 from edgeke.device.bundle import find_bundle, read_metadata, read_segments
 from edgeke.device.choice import Request, UnmetError, choose
-from edgeke.device.images import check_image, check_images
+from edgeke.device.images import ORDERS, check_image, check_images
 from edgeke.device.policy import OperatingPoint, force_exit
 from edgeke.device.profile import (
     Profile,
@@ -32,6 +38,9 @@ _PROFILE = "profile.json"
 _FIRST_SECONDS = 5.0
 _ROUNDS = 200
 _PLANS = 64
+# Images of a batch that are in work at once: 64, fewer where they are large. More take memory,
+# and more time (digits: 64 are as fast as any, 16 take 1.1 and 1,024 1.1 times as long).
+_CHUNK, _LEAST, _PIXELS = 64, 8, 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,24 +73,42 @@ class _Plan:
 class Classifier:
     """Answers images within requirements given per call.
 
-    Images are uint8 `[H, W, C]` of the model's size, RGB or grey, or `[H, W]` where C is 1.
+    Images are uint8 `[H, W, C]` of the model's size, RGB or grey, or `[H, W]` where C is 1; with
+    `order` `bgr`, arrays of colours are blue first, as OpenCV gives them (Pillow pictures are what
+    they are).
     Requirements are `mean_latency_ms` (the mean over many images), `deadline_ms` (each image:
     exits whose 95th percentile is later are left out), `min_accuracy` and `max_degradation` (as
     promised, see docs/promises.md) with `delta`, the risk that a promise fails; any of them
-    together, or none for the policy's default point. Several threads may share one classifier.
+    together, or none for the policy's default point. Several threads may share one classifier. A
+    forked process, and one that it is sent to, open the files again for themselves. It can be
+    used in `with`, which closes it.
     """
 
-    def __init__(self, path: str | Path, precision: str | None = None, threads: int = 1) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        precision: str | None = None,
+        threads: int = 1,
+        order: str = "rgb",
+    ) -> None:
         """Open a bundle folder, or the single `.onnx` file, on `threads` threads (0: all cores).
 
-        In a folder int8 is preferred where present; `precision` (`int8`, `fp32`) decides.
+        In a folder int8 is preferred where present; `precision` (`int8`, `fp32`) decides. The
+        longest path is run once, so that the first image takes no longer than others.
         Errors: InputError when a file is missing, damaged or no model of EdgeKE.
         """
         if type(threads) is not int or not 0 <= threads <= 1024:
             raise InputError(f"threads = {threads!r} must be 0 (all cores), or 1 to 1024")
-        self.bundle = find_bundle(Path(path), precision)
+        if order not in ORDERS:
+            raise InputError(f"order = {order!r:.40} must be {' or '.join(ORDERS)}")
+        self._path = Path(path).absolute()  # segments may be opened in another working folder
+        self.bundle = find_bundle(self._path, precision)
         self.threads = threads
-        self._session = open_session(self.bundle.model, threads)
+        self.order = order
+        self._closed = False
+        self._session: onnxruntime.InferenceSession | None = open_session(
+            self.bundle.model, threads
+        )
         self._metadata = read_metadata(self._session, str(self.bundle.model))
         self.policy = self._metadata.policy
         self.classes = self._metadata.classes
@@ -95,6 +122,25 @@ class Classifier:
         self._measured = read_profile(self._profile_path, self._conditions, len(macs))
         # Choosing takes as long as answering a small image; requests repeat.
         self._plans: dict[tuple[Request, Profile | None], _Plan] = {}
+        self._warm_up(self._session)
+        self.predict(self._noise())  # choosing a point is slower the first time, too
+        _classifiers.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a worker process is sent: where the files are, and how they were opened."""
+        precision = self.bundle.precision
+        return type(self), (self._path, precision, self.threads, self.order)
+
+    def close(self) -> None:
+        """Free the model's memory now. Every later answer is an InputError."""
+        with self._opening:
+            self._closed, self._session, self._segments = True, None, None
 
     @property
     def lists_blocks(self) -> bool:
@@ -153,7 +199,7 @@ class Classifier:
         value; InputError for an image or a requirement that makes no sense.
         """
         started = time.perf_counter()
-        pixels = check_image(image, self.image_shape)
+        pixels = check_image(image, self.image_shape, order=self.order)
         plan = self._plan(mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta)
         probabilities, exit = self._run(pixels, plan.thresholds, plan.votes)
         return self._prediction(probabilities, exit, time.perf_counter() - started, plan.point)
@@ -170,20 +216,25 @@ class Classifier:
         """Answer images `[N, H, W, C]`, or a list of images, as `predict` answers each.
 
         Only images that an exit was not sure of go on to the next, so a batch costs the sum of
-        what its images need; memory grows with N. Requirements are those of an image alone: a
-        deadline is not promised for a batch. Without segments the images are answered one by one,
-        and a warning says so. Errors: as `predict`.
+        what its images need; up to 64 are in work at once, so memory hardly grows with N.
+        Requirements are those of an image alone: a deadline is not promised for a batch. Without
+        segments the images are answered one by one, and a warning says so. Errors: as `predict`.
         """
         started = time.perf_counter()
-        pixels = check_images(images, self.image_shape)
+        pixels = check_images(images, self.image_shape, self.order)
         plan = self._plan(mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta)
         segments = self.open_segments() if len(pixels) else None
         if segments is not None:
-            before = time.perf_counter() - started
-            answered = segments.answer(pixels, plan.point.thresholds, plan.point.votes)
-            seconds = before + answered.seconds
-            rows = zip(answered.probabilities, answered.exit.tolist(), seconds, strict=True)
-            return [self._prediction(p, e, float(s), plan.point) for p, e, s in rows]
+            answers = []
+            size = min(_CHUNK, max(_LEAST, _PIXELS // math.prod(self.image_shape)))
+            for start in range(0, len(pixels), size):
+                before = time.perf_counter() - started
+                chunk = np.ascontiguousarray(pixels[start : start + size])
+                answered = segments.answer(chunk, plan.point.thresholds, plan.point.votes)
+                seconds = before + answered.seconds
+                rows = zip(answered.probabilities, answered.exit.tolist(), seconds, strict=True)
+                answers += [self._prediction(p, e, float(s), plan.point) for p, e, s in rows]
+            return answers
         if len(pixels) > 1:  # Python shows it once for each line that calls
             warnings.warn(
                 f"there are no segments beside {self.bundle.model}: a batch is answered image by "
@@ -192,7 +243,8 @@ class Classifier:
             )
         answers = []
         for image in pixels:
-            probabilities, exit = self._run(image, plan.thresholds, plan.votes)
+            pixels = np.ascontiguousarray(image)
+            probabilities, exit = self._run(pixels, plan.thresholds, plan.votes)
             answers.append(
                 self._prediction(probabilities, exit, time.perf_counter() - started, plan.point)
             )
@@ -205,7 +257,7 @@ class Classifier:
         when an answer is sure enough. Errors: InputError without segments, or for an image that
         does not fit, before anything runs.
         """
-        pixels = check_image(image, self.image_shape)
+        pixels = check_image(image, self.image_shape, order=self.order)
         segments = self.open_segments()
         if segments is None:
             raise InputError(
@@ -232,7 +284,7 @@ class Classifier:
 
         def run(image: Any) -> Prediction:
             started = time.perf_counter()
-            pixels = check_image(image, self.image_shape)
+            pixels = check_image(image, self.image_shape, order=self.order)
             probabilities, left = self._run(pixels, thresholds, votes)
             return self._prediction(probabilities, left, time.perf_counter() - started, None)
 
@@ -247,17 +299,58 @@ class Classifier:
         folder = self.bundle.segments
         if self._segments is None and folder is not None:
             with self._opening:
+                self._check_open()
                 if self._segments is None:
                     files = read_segments(folder, self._metadata, self.bundle.model)
-                    self._segments = Segments(files, self.policy, self.threads)
+                    segments = Segments(files, self.policy, self.threads)
+                    collections.deque(segments.stream(self._noise()), maxlen=0)  # warmed up
+                    self._segments = segments
         return self._segments
 
     def _run(
         self, image: NDArray[np.uint8], thresholds: NDArray[np.float32], votes: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], int]:
         feeds = {"image": image[None], "thresholds": thresholds, "votes": votes}
-        probabilities, exit = self._session.run(None, feeds)
+        session = self._session or self._open_again()
+        probabilities, exit = session.run(None, feeds)
         return probabilities[0], int(exit[0])
+
+    def _warm_up(self, session: onnxruntime.InferenceSession) -> None:
+        exits = len(self._metadata.policy.macs)
+        feeds: dict[str, NDArray[Any]] = {
+            "image": self._noise()[None],
+            "thresholds": np.asarray(force_exit(exits, exits), np.float32),
+            "votes": np.ones(exits, np.float32),
+        }
+        session.run(None, feeds)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError(f"the classifier of {self._path} was closed; open another")
+
+    def _open_again(self) -> onnxruntime.InferenceSession:
+        """The session of a forked process. Errors: InputError when the model was replaced since."""
+        with self._opening:
+            self._check_open()
+            if self._session is None:
+                session = open_session(self.bundle.model, self.threads)
+                if read_metadata(session, str(self.bundle.model)) != self._metadata:
+                    raise InputError(
+                        f"{self.bundle.model} was replaced after this process was forked; open "
+                        "another Classifier here"
+                    )
+                self._warm_up(session)
+                self._session = session
+            return self._session
+
+    def _after_fork(self) -> None:
+        """Forget what a forked process cannot use: locks of others, and sessions, whose threads
+        it lacks. To free these would wait for the threads, so they are kept until it ends.
+        """
+        for native in (self._session, self._segments):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
+        self._session = self._segments = None
+        self._opening, self._profiling = threading.Lock(), threading.Lock()
 
     def _prediction(
         self,
@@ -308,3 +401,15 @@ class Classifier:
                 self._plans.clear()
             self._plans[request, measured] = plan
         return plan
+
+
+_classifiers: "weakref.WeakSet[Classifier]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for classifier in list(_classifiers):
+        classifier._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

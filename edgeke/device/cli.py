@@ -18,7 +18,7 @@ from edgeke.device.classifier import Classifier
 from edgeke.device.decode import BITS, read_image
 from edgeke.device.measure import run_fresh
 from edgeke.device.profile import Profile
-from edgeke.errors import InputError, report
+from edgeke.errors import InputError, escaped, report
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -81,23 +81,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say(line: str) -> None:
+    """Print a line that has names of the model or of files in it."""
+    print(escaped(line))
+
+
 def _info(classifier: Classifier) -> None:
     policy, bundle = classifier.policy, classifier.bundle
     height, width, channels = classifier.image_shape
-    print(f"model      {bundle.model}, precision {bundle.precision or 'unknown'}")
-    print(f"segments   {bundle.segments or 'none: no stream, batches image by image'}")
+    _say(f"model      {bundle.model}, precision {bundle.precision or 'unknown'}")
+    _say(f"segments   {bundle.segments or 'none: no stream, batches image by image'}")
     colour = "grey" if channels == 1 else "RGB"
     print(f"image      uint8 {colour}, {height} x {width} (height x width), [H, W, {channels}]")
+    print("           0 to 255, normalised in the model; arrays must have this size")
     if classifier.bits != BITS:
         print(f"pictures   of 16 bits per pixel have {classifier.bits} significant bits")
-    print(f"classes    {len(classifier.classes)}: {', '.join(classifier.classes)}")
+    _say(f"classes    {len(classifier.classes)}: {', '.join(classifier.classes)}")
     print(f"score      {policy.score}, promises from {policy.samples} calibration images")
     if classifier.measured is None:
         print("costs      not measured here yet; run the profile command")
     else:
         _print_costs(classifier.measured)
     unmet = ", ".join(result.name for result in policy.unmet)
-    print(f"default    {policy.default}" + (f"; {unmet} cannot be promised" if unmet else ""))
+    _say(f"default    {policy.default}" + (f"; {unmet} cannot be promised" if unmet else ""))
     print(f"\noperating points: cost in shares of the plain network, promises at {policy.delta:g}")
     wide, cap = max(map(len, policy.named)), len(policy.macs) - 1
     print(f"{'name':{wide}} {'cost':>7} {'accuracy':>9} {'degradation <=':>15} {'error <=':>9}")
@@ -109,7 +115,7 @@ def _info(classifier: Classifier) -> None:
             for bound, width in ((degradation, 15), (error, 9))
         )
         cost = point.expected_cost(policy.cost_shares)
-        print(f"{label:{wide}} {cost:7.3f} {point.accuracy:9.4f} {promises}")
+        _say(f"{label:{wide}} {cost:7.3f} {point.accuracy:9.4f} {promises}")
 
 
 def _profile(classifier: Classifier, options: argparse.Namespace) -> None:
@@ -140,7 +146,7 @@ def _print_blocks(profile: BlockProfile, exit: int | None) -> None:
         f"{'bytes fp32':>11} {'int8':>9}"
     )
     for row in rows:
-        print(
+        _say(
             f"{row.name:{wide}} {row.median_ms:9.3f} {row.p95_ms:9.3f} {row.cumulative_ms:9.3f} "
             f"{row.macs:13,} {row.parameters:11,} {row.output_bytes_fp32:11,} "
             f"{row.output_bytes_int8:9,}"
@@ -181,7 +187,7 @@ def _predict(classifier: Classifier, options: argparse.Namespace) -> int:
             row |= {"probability": probability, "exit": answer.exit, "point": point}
             print(json.dumps({**row, "latency_ms": answer.latency_ms}))
         else:
-            print(
+            _say(
                 f"{path}: {answer.class_name} ({100 * probability:.1f} %) from {left} in "
                 f"{answer.latency_ms:.2f} ms at {point}"
             )

@@ -11,14 +11,22 @@ from edgeke.errors import InputError
 _Shape = tuple[int, int, int]
 
 
-def check_image(image: Any, shape: _Shape, name: str = "the image") -> NDArray[np.uint8]:
-    """One image as uint8 `[H, W, C]`; `[H, W]` is accepted where C is 1.
+# Of an array's colours. Models take red first.
+ORDERS = ("rgb", "bgr")
 
-    Anything that NumPy reads as an array, or a Pillow picture of any mode (see `plain_picture`).
-    `name` is what errors call it. Errors: InputError for another size, type or number of channels.
+
+def check_image(
+    image: Any, shape: _Shape, name: str = "the image", order: str = "rgb"
+) -> NDArray[np.uint8]:
+    """One image as uint8 `[H, W, C]`, red first; `[H, W]` is accepted where C is 1.
+
+    Anything that NumPy reads as an array, of the given order, or a Pillow picture of any mode (see
+    `plain_picture`). `name` is what errors call it. Errors: InputError for another size, type or
+    number of channels.
     """
     try:
         if hasattr(image, "getbands"):  # a Pillow picture; Pillow itself need not be installed
+            order = "rgb"
             image = plain_picture(image, shape[2])
         pixels = np.asarray(image)
     except (ValueError, TypeError) as error:
@@ -32,13 +40,17 @@ def check_image(image: Any, shape: _Shape, name: str = "the image") -> NDArray[n
             f"{name} has shape {list(pixels.shape)}, the model takes {list(shape)} (height, width, "
             f"channels); {_to_shape(pixels.shape, shape)}"
         )
+    if order == "bgr" and shape[2] == 3:
+        pixels = pixels[..., ::-1]
     return np.ascontiguousarray(pixels)
 
 
-def check_images(images: Any, shape: _Shape) -> NDArray[np.uint8]:
+def check_images(images: Any, shape: _Shape, order: str = "rgb") -> NDArray[np.uint8]:
     """Images as uint8 `[N, H, W, C]`, from an array or a sequence of images.
 
-    `[N, H, W]` is accepted where C is 1. Errors: InputError naming the first image that is wrong.
+    `[N, H, W]` is accepted where C is 1. An array that fits is not copied, so it may be a memory
+    map, and is not contiguous where it was not. Errors: InputError naming the first image that is
+    wrong.
     """
     if not isinstance(images, np.ndarray | Sequence) or getattr(images, "ndim", 1) == 0:
         raise InputError(
@@ -52,8 +64,8 @@ def check_images(images: Any, shape: _Shape) -> NDArray[np.uint8]:
                 "images[None] for a batch of one"
             )
         if images.shape[1:] == shape and images.dtype == np.uint8:
-            return np.ascontiguousarray(images)
-    checked = [check_image(image, shape, f"image {n}") for n, image in enumerate(images)]
+            return images[..., ::-1] if order == "bgr" and shape[2] == 3 else images
+    checked = [check_image(image, shape, f"image {n}", order) for n, image in enumerate(images)]
     return np.stack(checked) if checked else np.empty((0, *shape), np.uint8)
 
 
@@ -69,7 +81,10 @@ def plain_picture(picture: Any, channels: int) -> Any:
         return Image.fromarray(np.asarray(picture).astype(np.uint16))
     if picture.mode in ("I", "F"):
         return picture
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
+    if picture.mode == "La":
+        picture = picture.convert("LA")
+    palette = picture.mode == "P" and picture.palette.mode == "RGBA"  # as quantize() gives
+    if palette or picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
     if picture.mode not in ("L", "1"):
@@ -100,6 +115,10 @@ def _to_shape(actual: Sequence[int], shape: _Shape) -> str:
         return "predict takes one image: use predict_batch for several"
     if actual == (channels, height, width):
         return "put the channels last: image.transpose(1, 2, 0)"
+    if actual[:2] == (width, height) != (height, width):
+        return (
+            "its sides are swapped: height comes first; sizes in OpenCV and Pillow are width first"
+        )
     if actual[:2] != (height, width):
         return (
             "resize it, for instance with Pillow: "
@@ -108,5 +127,8 @@ def _to_shape(actual: Sequence[int], shape: _Shape) -> str:
     if channels == 3 and actual[2:] in ((), (1,)):
         return "repeat the grey channel: numpy.repeat(image.reshape(*image.shape[:2], 1), 3, -1)"
     if channels == 3 and actual[2:] == (4,):
-        return "drop the alpha channel: image[..., :3]"
+        return (
+            "drop the fourth channel: image[..., :3]; the first must be red, or give "
+            'Classifier(..., order="bgr") for BGRA and BGRX frames (RGB is the default)'
+        )
     return f"convert it to {channels} channels, for instance with Pillow"

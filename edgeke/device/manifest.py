@@ -57,8 +57,11 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text())
+        names = tuple(map(str, content["segments"]))
+        if any(Path(name).name != name or name == ".." or "\0" in name for name in names):
+            raise ValueError(f"segments {names!r:.200} are not all plain names of files")
         return Manifest(
-            segments=tuple(content["segments"]),
+            segments=names,
             macs=tuple(content["macs"]),
             main_macs=content["main_macs"],
             classes=tuple(content["classes"]),
@@ -66,9 +69,14 @@ def read_manifest(folder: Path) -> Manifest:
             bits=content.get("bits", BITS),
             blocks=parse_blocks(content.get("blocks", ())),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error}); copy the whole bundle, or export the model, again"
+            f"{path} cannot be read ({error.strerror}); copy the whole bundle, and let this user "
+            "read it"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); copy the whole bundle, or export the model, again"
         ) from error
 
 

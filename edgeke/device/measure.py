@@ -256,6 +256,9 @@ def main(arguments: Sequence[str]) -> int:
         measurements, answers = measure(Job.from_json(Path("job.json").read_text()))
     except InputError as error:
         return report(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     np.savez(_OUT / "answers.npz", **answers)  # type: ignore[arg-type]
     (_OUT / "measurements.json").write_text(json.dumps(asdict(measurements)))
     return 0

@@ -19,6 +19,10 @@ NEVER = 2.0
 Risk = Literal["max_degradation", "max_error"]
 
 
+class SchemaError(InputError):
+    """A policy of another version of EdgeKE."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What calibration says about a point, for requests that allow exits up to `cap`.
@@ -212,7 +216,7 @@ def parse_policy(text: str) -> Policy:
     except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"not an EdgeKE policy ({error}); export the model again") from error
     if schema != SCHEMA:
-        raise InputError(
+        raise SchemaError(
             f"policy schema {schema!r:.20} is not {SCHEMA}, which this version of EdgeKE reads; "
             "use the edgeke.device that belongs to the model"
         )

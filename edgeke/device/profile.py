@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,10 +15,15 @@ from typing import Any
 
 import onnxruntime
 
+from edgeke.device.session import cores
 from edgeke.device.timing import summary, time_interleaved
 
 # A deeper exit counts at least this much more than the one before it.
 _STEP = 1.001
+# What tells ARM's cores apart, in /proc/cpuinfo, and where each core's greatest frequency is.
+_CORE = ("implementer", "part", "variant", "revision")
+_FREQUENCY = "sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq"
+_ROOT = Path("/")
 
 
 @dataclass(frozen=True)
@@ -59,16 +65,39 @@ def conditions(model: Path, macs: Sequence[int], threads: int) -> str:
 
 
 def processor() -> str:
-    """This device in words: architecture, cores, and the processor's or the board's own name."""
-    name = platform.processor()
+    """This device in words: architecture, cores, processor, board, greatest frequency, memory.
+
+    64-bit ARM kernels name no processor, so its cores are told by implementer, part, variant and
+    revision. Memory is rounded up to a power of two, since a kernel keeps a varying part of it.
+    Where neither processor nor board has a name, the host's stands for them.
+    """
+    names, parts = [platform.processor()], set()
+    core: dict[str, str] = {}
+    for line in [*_read("proc/cpuinfo").splitlines(), ""]:
+        key, _, value = line.partition(":")
+        core[key.strip()] = value.strip()
+        if key.strip() in ("model name", "Model"):
+            names.append(value.strip())
+        if not line.strip():
+            if "CPU part" in core:
+                parts.add("/".join(core.get(f"CPU {name}", "?") for name in _CORE))
+            core = {}
+    who = [names[-1], *sorted(parts), _read("proc/device-tree/model").strip("\0 \n")]
+    words = [platform.machine(), f"{cores()} cores"]
+    words += list(dict.fromkeys(filter(None, who))) or [f"unknown processor of {platform.node()}"]
+    frequencies = {_read(file) for file in _ROOT.glob(_FREQUENCY)}  # in kHz
+    words += [f"{int(value) // 1000} MHz" for value in sorted(frequencies) if value.strip()]
+    if memory := re.search(r"MemTotal: +(\d+) kB", _read("proc/meminfo")):
+        words.append(f"{2 ** math.ceil(math.log2(int(memory[1]) / 2**20)):g} GiB")
+    return ", ".join(words)
+
+
+def _read(path: str | Path) -> str:
+    """What the kernel says there; nothing where it does not."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model"):
-                name = value.strip()
+        return (_ROOT / path).read_text(errors="replace")
     except OSError:
-        pass
-    return f"{platform.machine()}, {os.cpu_count()} cores, {name or 'unknown processor'}"
+        return ""
 
 
 def read_profile(path: Path, conditions: str, exits: int) -> Profile | None:
@@ -107,7 +136,7 @@ def write_profile(path: Path, conditions: str, profile: Profile) -> bool:
                 json.dump(content, file, indent=2)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:  # Ctrl-C leaves nothing behind either
             os.unlink(temporary)
             raise
     except OSError as error:
@@ -120,8 +149,16 @@ def write_profile(path: Path, conditions: str, profile: Profile) -> bool:
     return True
 
 
+def leads_out(folder: Path, file: Path) -> bool:
+    """Whether a file of a folder is a symbolic link to outside of it."""
+    return not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+
+
 def _entries(path: Path) -> dict[str, Any]:
     """The file's profiles by their conditions; none where it is missing or cannot be read."""
+    if leads_out(path.parent, path):
+        warnings.warn(f"{path} leads out of its folder and is not used", stacklevel=2)
+        return {}
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:

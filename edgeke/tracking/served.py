@@ -35,7 +35,8 @@ class Served(PythonModel):
     def predict(self, context, model_input, params=None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
         """One row per image of `[N, H, W, C]`, 0 to 255: label, class_name, confidence, exit.
 
-        `params` are the requirements that `Classifier.predict` takes, null where there is none.
+        Colours are RGB. `params` are the requirements that `Classifier.predict` takes, null where
+        there is none.
         Errors: MlflowException (400) for requirements that cannot be met, and for wrong images.
         """
         requirements = {key: value for key, value in (params or {}).items() if value is not None}

@@ -1,18 +1,23 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 from PIL import Image
 from toys import CLASSES, ROOT, replace
 
 from edgeke.device import cli
 from edgeke.device.classifier import Classifier
 from edgeke.device.policy import RequirementResult
+from edgeke.errors import InputError, escaped
 
 
 @pytest.fixture
@@ -146,6 +151,77 @@ def test_ctrl_c_is_one_line(bundle, run, monkeypatch):
 
     monkeypatch.setattr(Classifier, "profile", interrupt)
     assert run("profile", bundle) == (130, "", "stopped\n")
+
+
+def test_ctrl_c_in_a_real_process_is_one_line(bundle, tmp_path):
+    """While it measures; and while numpy is imported, which takes a slow device seconds."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "numpy.py").write_text("print('ready', flush=True); input()")
+    for path, line in ((str(tmp_path / "slow"), "ready"), ("", "")):
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        arguments = [
+            sys.executable,
+            "-m",
+            "edgeke.device",
+            "profile",
+            bundle,
+            "--rounds",
+            "10000000",
+        ]
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        if line:
+            assert process.stdout.readline().strip() == line
+        else:
+            time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "stopped\n")
+        assert process.returncode == 130
+    assert [file.name for file in bundle.iterdir() if file.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "words", ["\x1b[2J\x1b]0;owned\x07", "up\nerror: none", "a\u202eb", "c\x9bd"]
+)
+def test_names_in_a_model_cannot_command_the_terminal(bundle, images, tmp_path, run, words):
+    model = onnx.load(bundle / "edgeke.onnx")
+    carried = {prop.key: prop.value for prop in model.metadata_props}
+    carried["classes"] = json.dumps([words, words, words])
+    policy = json.loads(carried["policy"])
+    old, policy["default"] = policy["default"], words
+    for point in policy["points"]:
+        point["name"] = words if point["name"] == old else point["name"]
+    for result in policy["requirements"]:
+        result["point"] = words if result["point"] == old else result["point"]
+    helper.set_model_props(model, {**carried, "policy": json.dumps(policy)})
+    onnx.save(model, bundle / "edgeke.onnx")
+    np.save(tmp_path / "a.npy", images[0])
+    dangerous = [character for character in words if not character.isprintable()]
+    for arguments in (
+        ["info"],
+        ["predict", tmp_path / "a.npy"],
+        ["predict", tmp_path / "a.npy", "--json"],
+    ):
+        name, *rest = arguments
+        code, out, error = run(name, bundle, *rest)
+        assert (code, error) == (0, "")
+        assert not any(character in out for character in dangerous if character != "\n")
+        assert words not in out
+    del policy["points"][0]["votes"]
+    policy["default"] = words + "!"
+    helper.set_model_props(model, {**carried, "policy": json.dumps({**policy, words: 1})})
+    onnx.save(model, bundle / "edgeke.onnx")
+    code, out, error = run("info", bundle)
+    assert (code, out) == (1, "")
+    assert not any(character in error for character in dangerous if character != "\n")
+
+
+def test_other_languages_are_shown_as_they_are():
+    for text in ("Čeština, 日本語　全角", "می\u200cخواهم", "👩\u200d🔧", "1\u00a0mm"):
+        assert escaped(text) == text
+        assert str(InputError(f"{text}\nnext line")) == f"{text}\nnext line"
 
 
 def test_nothing_is_left_in_the_users_home(bundle, tmp_path):

@@ -2,20 +2,32 @@
 
 import re
 import shlex
+import shutil
+import sys
+import types
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from frames import as_nv12, as_yuyv
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from toys import ROOT
 
 from edgeke.device import cli
+from edgeke.device.classifier import Classifier
+from edgeke.device.decode import read_image
 from edgeke.device.profile import Profile
 
 DOCUMENT = (ROOT / "docs" / "device.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOCUMENT, re.DOTALL)
+CAMERA = DOCUMENT.split("\n## Pixels from a camera")[1].split("\n## ")[0]
+
+
+def blocks(language: str, text: str = DOCUMENT.replace(CAMERA, "")) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -37,6 +49,35 @@ def test_the_python_runs(here, monkeypatch, capsys):
     assert "nearest attainable is" in out
     assert str(costs.median_ms) in out
     assert "from exit" in out
+
+
+def test_the_recipes_for_cameras_give_the_pipelines_pixels(tmp_path, monkeypatch, capsys):
+    """On a colour model; what a camera gives is the same photograph."""
+    (tmp_path / "models").mkdir()
+    shutil.copy(ROOT / "models" / "pretrained" / "edgeke.int8.onnx", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    photo = Image.fromarray(load_sample_image("china.jpg")).resize((1280, 720))
+    photo.save("photo.png")
+    pixels = np.asarray(photo)
+    as_nv12(pixels).tofile("frame.nv12")
+    as_yuyv(pixels).tofile("frame.yuyv")
+    camera = types.SimpleNamespace(read=lambda: (True, pixels[..., ::-1]))
+    stub = types.SimpleNamespace(VideoCapture=lambda number: camera)
+    monkeypatch.setitem(sys.modules, "cv2", stub)
+    found: dict[str, Any] = {"numpy": np, "Classifier": Classifier}
+    found["classifier"] = classifier = Classifier("models")
+    expected = read_image(Path("photo.png"), classifier.image_shape).astype(int)
+    offs = []
+    for code in blocks("python", CAMERA):
+        exec(code, found)
+        pixels = np.asarray(found["pixels"])
+        offs.append(np.abs((pixels[..., ::-1] if "bgr" in code else pixels) - expected).mean())
+    assert offs[0] == 0
+    assert offs[1] < 0.01
+    assert max(offs[2:]) < 1.2
+    assert len(offs) == 4
+    label = classifier.predict(expected.astype(np.uint8)).class_name
+    assert capsys.readouterr().out.split()[:2] == [label, label]
 
 
 def test_the_commands_run(here, capsys):

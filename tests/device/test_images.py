@@ -34,6 +34,31 @@ def test_a_pillow_picture_of_any_mode_is_converted(mode):
     assert np.array_equal(check_image(picture, GREY)[..., 0], np.asarray(picture.convert("L")))
 
 
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBA", "RGBa", "P"])
+def test_a_picture_with_transparency_is_laid_over_white(mode):
+    picture = Image.new("LA", (6, 8), (0, 0))
+    picture.paste((200, 255), (0, 0, 3, 8))
+    if mode != "La":
+        picture = picture.convert("RGBA")
+    picture = picture.quantize(8) if mode == "P" else picture.convert(mode)
+    for shape in (GREY, COLOUR):
+        pixels = check_image(picture, shape)
+        assert (pixels[:, :3] == 200).all()
+        assert (pixels[:, 3:] == 255).all()
+
+
+def test_blue_first_is_turned_for_arrays_alone():
+    red = blank(8, 6, 3)
+    red[..., 0], red[..., 1] = 200, 30
+    picture = Image.fromarray(red)
+    for images in ([red[..., ::-1]] * 2, np.stack([red[..., ::-1]] * 2), [picture, red[..., ::-1]]):
+        assert np.array_equal(check_images(images, COLOUR, "bgr"), [red, red])
+    assert np.array_equal(check_image(red, COLOUR), red)
+    assert np.array_equal(
+        check_image(picture.getchannel(0), GREY, order="bgr")[..., 0], red[..., 0]
+    )
+
+
 @pytest.mark.parametrize(
     ("image", "shape", "words"),
     [
@@ -42,9 +67,10 @@ def test_a_pillow_picture_of_any_mode_is_converted(mode):
         (blank(8, 6, kind=np.uint16), GREY, r"uint16, not uint8; convert: \(image >> 8\)"),
         ("picture.png", GREY, "not uint8; give pixels from 0 to 255"),
         ([[1.0, 2.0], [3.0]], GREY, "cannot be read as an array"),
-        (blank(6, 8), GREY, r"shape \[6, 8\], the model takes \[8, 6, 1\].*fit\(picture, \(6"),
+        (blank(9, 8), GREY, r"shape \[9, 8\], the model takes \[8, 6, 1\].*fit\(picture, \(6"),
+        (blank(6, 8, 3), COLOUR, "its sides are swapped: height comes first"),
         (blank(8, 6), COLOUR, r"repeat the grey channel: numpy\.repeat\(image"),
-        (blank(8, 6, 4), COLOUR, r"drop the alpha channel: image\[\.\.\., :3\]"),
+        (blank(8, 6, 4), COLOUR, r"image\[\.\.\., :3\]; the first must be red, or .*order=\"bgr\""),
         (blank(3, 8, 6), COLOUR, r"channels last: image\.transpose\(1, 2, 0\)"),
         (blank(1, 8, 6, 3), COLOUR, "use predict_batch for several"),
     ],

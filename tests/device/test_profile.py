@@ -65,6 +65,53 @@ def test_several_conditions_share_a_file(tmp_path, monkeypatch):
     assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444
 
 
+CORE = """processor\t: {n}
+BogoMIPS\t: 108.00
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: {variant}
+CPU part\t: {part}
+CPU revision\t: 4
+
+"""
+
+
+def test_boards_whose_processor_has_no_name_are_told_apart(tmp_path, monkeypatch):
+    """Kernels of 64-bit ARM write no `model name`, and only a Raspberry Pi writes `Model`."""
+    monkeypatch.setattr(module, "_ROOT", tmp_path)
+    monkeypatch.setattr(module.platform, "processor", lambda: "")
+    assert "unknown processor of" in module.processor()
+
+    def board(part="0xd03", variant="0x0", name="", khz=1800000, kib=3884376):
+        files = {
+            "proc/cpuinfo": CORE.format(n=0, part=part, variant=variant) * 2,
+            "proc/device-tree/model": f"{name}\0" if name else "",
+            "proc/meminfo": f"MemTotal:        {kib} kB\nMemFree:  1 kB\n",
+            "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq": f"{khz}\n",
+        }
+        for place, text in files.items():
+            (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place).write_text(text)
+        return conditions(Path("edgeke.onnx"), (10, 20), 1)
+
+    boards = [
+        board(), board(part="0xd0b"), board(variant="0x3"), board(name="Radxa ROCK 5B"),
+        board(khz=2400000), board(kib=7_800_000),
+    ]  # fmt: skip
+    assert len(set(boards)) == len(boards)
+    assert board(kib=3_790_112) == boards[0], "another kernel keeps another part of the memory"
+    assert board(name="Radxa ROCK 5B").endswith("0x41/0xd03/0x0/4, Radxa ROCK 5B, 1800 MHz, 4 GiB")
+
+
+def test_a_profile_elsewhere_is_not_read(tmp_path):
+    write_profile(tmp_path / "profile.json", HERE, PROFILE)
+    (tmp_path / "bundle").mkdir()
+    link = tmp_path / "bundle" / "profile.json"
+    link.symlink_to(tmp_path / "profile.json")
+    with pytest.warns(UserWarning, match="leads out of its folder and is not used"):
+        assert read_profile(link, HERE, 2) is None
+
+
 @pytest.mark.filterwarnings("ignore:.*cannot be read and is not used")
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": 1, "profiles": []}', 100_000 * "["])
 def test_another_file_counts_as_absent(tmp_path, text):
