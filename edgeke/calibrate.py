@@ -82,8 +82,8 @@ def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> byt
     """The one file: the segments in one model, with what a device must know in its metadata.
 
     That is the policy, class names, input shape `[H, W, C]`, significant bits of 16-bit pictures,
-    the blocks, and the segments' hash, by which a device tells whether the segments beside the file
-    are its.
+    how pictures are fitted to the shape, the blocks, and the segments' hash, by which a device
+    tells whether the segments beside the file are its.
     Errors: InputError for a policy that a device would refuse.
     """
     text = json.dumps(policy.to_json())
@@ -93,6 +93,7 @@ def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> byt
         "classes": json.dumps(list(manifest.classes)),
         "image_shape": json.dumps(list(manifest.image_shape)),
         "bits": json.dumps(manifest.bits),
+        "fit": json.dumps(manifest.fit),
         "segments_sha256": segments_hash(segments),
         "blocks": json.dumps([asdict(block) for block in manifest.blocks]),
     }

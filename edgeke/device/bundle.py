@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from edgeke.device.decode import BITS
+from edgeke.device.decode import BITS, FIT, FITS
 from edgeke.device.manifest import MANIFEST, Block, parse_blocks, read_manifest
 from edgeke.device.policy import Policy, parse_policy
 from edgeke.errors import InputError
@@ -34,7 +34,7 @@ class Metadata:
     """The one file's metadata: policy, class names, image shape `(H, W, C)`, and more.
 
     `bits`: significant bits of 16-bit pictures. `segments_sha256`: see `segments_hash`; None in
-    files of older versions, where `blocks` are empty.
+    files of older versions, where `blocks` are empty. `fit`: see `decode.fit_picture`.
     """
 
     policy: Policy
@@ -43,6 +43,7 @@ class Metadata:
     bits: int
     segments_sha256: str | None
     blocks: tuple[Block, ...]
+    fit: str = FIT
 
 
 def find_bundle(path: Path, precision: str | None = None) -> Bundle:
@@ -85,8 +86,10 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
         classes = tuple(map(str, json.loads(metadata["classes"])))
         height, width, channels = json.loads(metadata["image_shape"])
         bits = json.loads(metadata.get("bits", str(BITS)))
+        fit = json.loads(metadata.get("fit", json.dumps(FIT)))
         blocks = parse_blocks(json.loads(metadata.get("blocks", "[]")))
-        fits = bits in range(8, 17) and shapes == {
+        fits = bits in range(8, 17) and fit in FITS
+        fits = fits and shapes == {
             "image": [1, height, width, channels],
             "thresholds": [len(policy.macs)],
             "votes": [len(policy.macs)],
@@ -101,7 +104,7 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
             "edgeke.int8.onnx of a bundle"
         ) from error
     shape = (height, width, channels)
-    return Metadata(policy, classes, shape, bits, metadata.get("segments_sha256"), blocks)
+    return Metadata(policy, classes, shape, bits, metadata.get("segments_sha256"), blocks, fit)
 
 
 def read_segments(folder: Path, metadata: Metadata, model: Path) -> list[Path]:

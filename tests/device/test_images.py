@@ -1,3 +1,4 @@
+import itertools
 import struct
 import sys
 
@@ -70,7 +71,7 @@ def test_bad_batches_name_the_image(images, words):
 
 def test_training_and_device_read_the_same_pixels(tmp_path):
     from edgeke.data.sources import read_source
-    from edgeke.params import Source
+    from edgeke.params import Data, Source
 
     random = np.random.default_rng(0)
     for place, name in enumerate(("one", "two")):
@@ -81,12 +82,16 @@ def test_training_and_device_read_the_same_pixels(tmp_path):
         Image.fromarray(pixels[..., 0]).save(folder / "b.jpg")
         Image.fromarray(pixels[..., 0].astype(np.uint16) * 16).save(folder / "c.png")
         Image.fromarray(pixels).convert("P").save(folder / "d.tif")
-    for channels in (1, 3):
-        source = Source("image_folder", 8, channels, "resize", 0.2, 0.2, 0.2)
-        expected = read_source(source, tmp_path / "images", 12).images.transpose(0, 2, 3, 1)
-        files = sorted((tmp_path / "images").glob("*/*"))
-        found = [read_image(file, (8, 8, channels), 12) for file in files]
-        assert np.array_equal(np.stack(found), expected)
+        large = Image.fromarray(pixels).resize((300, 190))
+        large.save(folder / "e.jpg", exif=struct.pack("<6s2sHIHHHIHxxI", b"Exif", b"II", 42, 8, 1,
+                                                      0x0112, 3, 1, 6, 0))  # fmt: skip
+    files = sorted((tmp_path / "images").glob("*/*"))
+    for channels, fit in itertools.product((1, 3), ("crop", "pad", "stretch")):
+        source = Source("image_folder", (8, 16), channels, fit, 0.2, 0.2, 0.2)
+        labelled = read_source(source, Data(str(tmp_path / "images"), 12, None, 200))
+        for number, file in enumerate(files):
+            found = read_image(file, source.shape, 12, fit).transpose(2, 0, 1)
+            assert np.array_equal(found, labelled.images[number]), (file, fit)
 
 
 def test_palette_and_one_bit_are_scaled_as_grey_is(tmp_path):
@@ -129,7 +134,7 @@ def test_a_turned_photo_is_upright_whatever_its_other_tags(tmp_path, tag):
     pixels[:, :20] = 255
     exif = b"Exif\0\0II*\0\x08\0\0\0" + content
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
-    picture = np.asarray(open_picture(tmp_path / "a.jpg", 1))
+    picture = np.asarray(open_picture(tmp_path / "a.jpg", (60, 40, 1)))
     assert picture.shape == (60, 40)
     assert picture[:15].min() > 200
     assert picture[25:].max() < 50
