@@ -1,16 +1,24 @@
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from toys import ROOT, replace
 
 from edgeke import params
-from edgeke.data.dataset import load_dataset
+from edgeke.data.dataset import Dataset, load_dataset
 from edgeke.data.quotas import Cuts
 from edgeke.data.sources import LabelledImages, read_source
 from edgeke.data.splits import SPLITS
 from edgeke.download import download
-from edgeke.params import Data
+from edgeke.errors import InputError
+from edgeke.params import Data, Group, Source
 
 DIGITS = params.load(ROOT / "params.yaml").profile.data
 DATA = Data("nowhere", 16, None, 200)
@@ -61,3 +69,136 @@ def test_copies_across_splits_and_classes_are_counted_and_named(tmp_path: Path):
     _, notes, _ = download(labelled, source, "copies", 0, tmp_path / "a", Cuts())
     assert notes[0] == "first"
     assert "same pixels in more than one class: 1 (such as 0/2.png and 1/7.png)" in notes[1]
+
+
+FOLDER = Source("image_folder", 16, 1, "crop", 0.1, 0.2, 0.2)
+
+
+def paint(path: Path, random: np.random.Generator, size: tuple[int, int] = (16, 16)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(random.integers(0, 256, size[::-1], np.uint8)).save(path)
+
+
+def build(folder: Path, source: Source = FOLDER, cuts: Cuts | None = None, **changes: object):
+    """The dataset, metrics, notes and cuts of a folder."""
+    data = replace(DATA, path=str(folder), **changes)
+    path = folder.parent / "dataset"
+    labelled = read_source(source, data)
+    metrics, notes, cuts = download(labelled, source, "own", 0, path, cuts or Cuts())
+    return load_dataset(path, SPLITS), metrics, notes, cuts
+
+
+def contents(dataset: Dataset, split: str) -> set[bytes]:
+    return {image.tobytes() for image in dataset[split].images}
+
+
+def test_one_more_picture_moves_no_other_whatever_the_size(tmp_path: Path):
+    random = np.random.default_rng(0)
+    for label in "ab":
+        for i in range(100):
+            paint(tmp_path / "set" / label / f"2024-{i:03}.png", random)
+    first, metrics, notes, cuts = build(tmp_path / "set")
+    assert notes == []
+    assert [metrics[f"{name}/images_of/a"] for name in SPLITS] == [50, 10, 20, 20]
+    before = {name: contents(first, name) for name in SPLITS}
+    labels = {name: first[name].labels.copy() for name in SPLITS}
+    smaller, *_ = build(tmp_path / "set", replace(FOLDER, image_size=8), cuts)
+    assert all((smaller[name].labels == labels[name]).all() for name in SPLITS)
+    paint(tmp_path / "set" / "a" / "2023-999.png", random)
+    second, *_ = build(tmp_path / "set", cuts=cuts)
+    assert all(before[name] <= contents(second, name) for name in SPLITS)
+
+
+def test_exact_copies_count_once_and_near_copies_are_reported(tmp_path: Path):
+    random = np.random.default_rng(0)
+    for label in "ab":
+        for i in range(20):
+            small = Image.fromarray(random.integers(0, 256, (5, 5), np.uint8))
+            picture = small.resize((16, 16), Image.Resampling.BICUBIC)
+            (tmp_path / "set" / label).mkdir(parents=True, exist_ok=True)
+            for copy in range(3):
+                picture.save(tmp_path / "set" / label / f"{i:02}-{copy}.png", compress_level=copy)
+            picture.save(tmp_path / "set" / label / f"{i:02}-x.jpg", quality=92)
+    dataset, metrics, notes, _ = build(tmp_path / "set")
+    assert sum(metrics[f"{name}/images"] for name in SPLITS) == 80
+    said = "\n".join(notes)
+    assert "exact copies: 80 pictures" in said
+    assert re.search(r"near copies: \d\d pictures look like another one, \d+ of them", said)
+    assert "names look grouped" in said
+    grouped, metrics, notes, _ = build(tmp_path / "set", group=Group(pattern="(.*)-"))
+    assert sum(metrics[f"{name}/groups"] for name in SPLITS) == 20  # 00 is in both classes
+    parts = [set(grouped[name].groups.tolist()) for name in SPLITS]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 20
+    assert "near copies" not in "\n".join(notes)
+    assert dataset["test"].groups is None
+
+
+def test_copies_in_a_given_test_split_are_taken_from_the_others(tmp_path: Path):
+    random = np.random.default_rng(0)
+    for part, label in itertools.product(("train", "test"), "ab"):
+        for i in range(12):
+            paint(tmp_path / "set" / part / label / f"{i}.png", random)
+    for i in range(4):
+        shutil.copy(tmp_path / f"set/test/a/{i}.png", tmp_path / f"set/train/a/copy{i}.png")
+    dataset, metrics, notes, _ = build(tmp_path / "set", replace(FOLDER, test=None))
+    assert "exact copies: 4 pictures" in notes[0]
+    assert metrics["test/images"] == 24
+    assert not contents(dataset, "test") & contents(dataset, "train")
+
+
+def test_a_csv_with_its_own_test_split_keeps_it(tmp_path: Path):
+    random = np.random.default_rng(0)
+    rows = ["path,label,split"]
+    for i in range(40):
+        paint(tmp_path / "set" / "images" / f"{i}.png", random)
+        rows.append(f"images/{i}.png,{('ok', 'nok')[i % 2]},{'test' if i < 6 else ''}")
+    (tmp_path / "set" / "labels.csv").write_text("\n".join(rows))
+    dataset, metrics, *_ = build(tmp_path / "set", replace(FOLDER, source="csv"))
+    assert dataset.classes == ("nok", "ok")
+    assert [metrics[f"{name}/images"] for name in SPLITS] == [22, 4, 8, 6]
+
+
+def test_what_a_crop_drops_is_said(tmp_path: Path):
+    random = np.random.default_rng(0)
+    for label, i in itertools.product("ab", range(10)):
+        paint(tmp_path / "set" / label / f"{i}.png", random, (128, 16))
+    *_, notes, _ = build(tmp_path / "set")
+    assert re.search(r"crop drops 88% of a typical picture \(128x16.*such as \[8, 48\]", notes[0])
+    *_, notes, _ = build(tmp_path / "set", replace(FOLDER, image_size=(8, 64)))
+    assert notes == []
+
+
+def test_too_few_pictures_are_refused_before_one_is_decoded(tmp_path: Path):
+    for label, count in (("a", 50), ("rare", 3)):
+        for i in range(count):
+            (tmp_path / label).mkdir(exist_ok=True)
+            (tmp_path / label / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"rare has 3.*at least 4"):
+        read_source(FOLDER, replace(DATA, path=str(tmp_path)))
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path: Path):
+    """3,000 pictures of 96x96 in colour are 83 MB, which a map or a copy would add."""
+    random = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for i in range(1500):
+            pixels = random.integers(0, 256, (4, 4, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / label / f"{i}.png")
+    code = (
+        "import resource, sys; from pathlib import Path; from toys import replace\n"
+        "import test_download as t\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "t.build(Path(sys.argv[1]), replace(t.FOLDER, channels=3)); before = peak()\n"
+        "t.build(Path(sys.argv[1]), replace(t.FOLDER, channels=3, image_size=96))\n"
+        "print(peak() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "set"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
+    assert float(done.stdout) < 40

@@ -204,3 +204,56 @@ def test_without_pillow_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(InputError, match=r"a\.png needs Pillow .*pip install pillow, or save"):
         read_image(tmp_path / "a.png", GREY)
+
+
+def test_what_fit_does_to_another_shape(tmp_path):
+    """A bright bar at each end of a picture four times as wide as high."""
+    pixels = np.full((20, 80), 100, np.uint8)
+    pixels[:, :10] = pixels[:, -10:] = 250
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+
+    def read(fit, height=16, width=16):
+        return read_image(tmp_path / "a.png", (height, width, 1), 16, fit)[..., 0]
+
+    assert read("crop").max() < 120
+    assert read("stretch")[:, [0, -1]].min() > 240
+    padded = read("pad")
+    assert not padded[:5].any()
+    assert not padded[-5:].any()
+    assert padded[8, [0, -1]].min() > 240
+    assert np.array_equal(read("exact", 20, 80), pixels)
+    with pytest.raises(InputError, match=r"is 80x20, not 16x16; .*`fit: crop`, `pad` or `stretch`"):
+        read("exact")
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(tmp_path, turn, fit):
+    y, x = np.mgrid[:960, :1280]
+    pixels = (128 + 60 * np.sin(x / 90) + 60 * np.cos(y / 70)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    picture.save(tmp_path / "a.png", exif=exif)
+    shape = (48, 64, 1)
+    opened = open_picture(tmp_path / "a.jpg", shape, fit)
+    assert max(opened.size) <= 320
+    assert opened.info["size"] == ((1280, 960) if turn == 1 else (960, 1280))
+    close = read_image(tmp_path / "a.png", shape, 16, fit).astype(int)
+    found = read_image(tmp_path / "a.jpg", shape, 16, fit)
+    assert np.abs(found - close).mean() < 2
+
+
+def test_a_picture_above_the_limit_is_named_with_the_parameter(tmp_path):
+    Image.new("L", (2000, 1500)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png has 3 megapixels .*the 2 of data\.max_megap"):
+        read_image(tmp_path / "a.png", GREY, megapixels=2)
+
+
+def test_pillows_own_limit_does_not_count(tmp_path, monkeypatch):
+    """180 megapixels of a line scan are no attack; Pillow would refuse them."""
+    Image.new("L", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(tmp_path / "a.png", GREY).shape == GREY
+    assert Image.MAX_IMAGE_PIXELS == 100
