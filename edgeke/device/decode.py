@@ -71,6 +71,8 @@ def open_picture(
             f"{path} needs Pillow to be read: pip install pillow, or save the pixels with "
             "numpy.save and give the .npy file"
         ) from None
+    if not hasattr(Image, "Resampling"):
+        raise InputError(f"{path} needs Pillow 9.1 or newer: pip install --upgrade pillow")
     with _naming(path, "image"), _opened(path) as opened:
         width, height = opened.size
         if width * height > megapixels * 1e6:
@@ -107,7 +109,7 @@ def fit_picture(
     are scaled each by its own factor; with `exact` another size is refused. Errors: InputError for
     32 bits per pixel, values that need more than `bits` bits, or another size.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     height, width, channels = shape
     if picture.mode in ("I", "F"):
@@ -127,17 +129,18 @@ def fit_picture(
             )
         picture = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     picture = picture.convert("L" if channels == 1 else "RGB")
-    bicubic = Image.Resampling.BICUBIC
     if picture.size == (width, height):
         pass
     elif fit == "stretch":
-        picture = picture.resize((width, height), bicubic)
+        picture = _resized(picture, (width, height))
     elif fit == "pad":
-        inside = picture.resize(_scaled(picture.size, shape, fit), bicubic)
+        inside = _resized(picture, _scaled(picture.size, shape, fit))
         picture = Image.new(picture.mode, (width, height))
         picture.paste(inside, ((width - inside.width) // 2, (height - inside.height) // 2))
     else:
-        picture = ImageOps.fit(picture, (width, height), bicubic)
+        wide = min(picture.width, picture.height * width / height)
+        high = min(picture.height, picture.width * height / width)
+        picture = _resized(picture, (width, height), (wide, high))
     return check_image(picture, shape, name)
 
 
@@ -155,6 +158,21 @@ def _turn(opened: Any) -> Any:
     with contextlib.suppress(Exception):
         return opened.getexif().get(_ORIENTATION)
     return None
+
+
+def _resized(picture: Any, size: tuple[int, int], middle: tuple[float, float] | None = None) -> Any:
+    """The picture, or its middle of this width and height, scaled to `size` (width, height).
+
+    Rows first, then columns: which Pillow does first depends on its version, and rounding on that.
+    """
+    from PIL import Image
+
+    wide, high = middle or picture.size
+    left, top = (picture.width - wide) / 2, (picture.height - high) / 2
+    bicubic = Image.Resampling.BICUBIC
+    rows = (left, 0, left + wide, picture.height)
+    picture = picture.resize((size[0], picture.height), bicubic, rows)
+    return picture.resize(size, bicubic, (0, top, size[0], top + high))
 
 
 @contextlib.contextmanager

@@ -257,3 +257,20 @@ def test_pillows_own_limit_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert read_image(tmp_path / "a.png", GREY).shape == GREY
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_rows_are_scaled_before_columns_whatever_pillow_prefers(tmp_path):
+    """Newer versions begin with the columns of high pictures, and round to other pixels."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 100), np.uint8))
+    noise.save(tmp_path / "a.png")
+    bicubic = Image.Resampling.BICUBIC
+    expected = noise.resize((48, 300), bicubic).resize((48, 32), bicubic)
+    found = read_image(tmp_path / "a.png", (32, 48, 1), 16, "stretch")
+    assert np.array_equal(found[..., 0], np.asarray(expected))
+
+
+def test_a_pillow_that_is_too_old_is_told(tmp_path, monkeypatch):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.delattr(Image, "Resampling")
+    with pytest.raises(InputError, match=r"needs Pillow 9\.1 or newer"):
+        read_image(tmp_path / "a.png", GREY)
