@@ -55,11 +55,12 @@ def download(
         bits=labelled.bits,
         fit=source.fit,
     )
-    write_dataset(dataset, labelled.images, labelled.labels, splits, _shared(units, splits), path)
+    shared = _shared(units, splits)
+    write_dataset(dataset, labelled.images, labelled.labels, splits, shared, path)
     metrics: dict[str, float] = {f"{split}/images": len(i) for split, i in splits.items()}
-    if units is not None:
+    if shared is not None:
         for split, indices in splits.items():
-            metrics[f"{split}/groups"] = len(set(units[indices].tolist()))
+            metrics[f"{split}/groups"] = len(set(shared[indices].tolist()))
     metrics |= {f"{split}/duplicates_of_train": count for split, count in leaks.items()}
     for split, indices in splits.items():
         counts = np.bincount(labelled.labels[indices], minlength=len(labelled.classes))
