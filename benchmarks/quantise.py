@@ -101,9 +101,9 @@ def main() -> None:
     if networks is None:
         result["accuracy"] = accuracies()
         network, own = load_checkpoint(Path("models/plain"), torch.device("cpu"))
-        side = own.image_shape[2]
+        _, height, width = own.image_shape
         images = load_dataset(Path("data/dataset.safetensors"), ("train",))["train"].images
-        model = export_static(network, own.mean, own.std, side)
+        model = export_static(network, own.mean, own.std, (height, width))
         result["ms"] = {"plain": time_choices(model, channels_last(images[:16]))}
     else:
         noise = np.random.default_rng(0).integers(0, 256, (16, 128, 128, 3), np.uint8)

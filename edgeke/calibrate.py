@@ -23,7 +23,7 @@ from edgeke.policy.cascade import run_cascade
 from edgeke.policy.certify import certify
 from edgeke.policy.fit import fit_policy
 from edgeke.policy.report import exit_metrics, point_metrics, reliability_rows
-from edgeke.policy.samples import ExitLogits
+from edgeke.policy.samples import ExitLogits, one_of_each
 
 # Probabilities of the composed file and of NumPy differ by rounding alone.
 _TOLERANCE = 1e-5
@@ -55,7 +55,8 @@ def calibrate(
 ) -> Calibrated:
     """Fit a policy to what the segments answer, certify it, and compose the one file.
 
-    `splits` are `validation` and `calibration`. `reference` `[N]` by split says where the network
+    `splits` are `validation` and `calibration`; of the latter's groups one image each is used
+    (docs/promises.md). `reference` `[N]` by split says where the network
     is right that degradation is measured against (default: these segments' own full network).
     Errors: InputError when the file does not compute its policy.
     """
@@ -66,14 +67,17 @@ def calibrate(
             logits, splits[name].labels, None if reference is None else reference[name]
         )
     validation = answers["validation"]
+    full_correct = {name: split.full_correct for name, split in answers.items()}
     fitted, metrics = fit_policy(validation, manifest.macs, manifest.main_macs, settings)
+    groups = splits["calibration"].groups
+    if groups is not None:
+        answers["calibration"] = answers["calibration"].at(one_of_each(groups))
     policy = certify(fitted, answers["calibration"], settings)
     metrics |= point_metrics(policy, validation)
     for name, split in answers.items():
         metrics |= exit_metrics(split, policy.temperatures, name)
     model = compose(segments, policy, manifest)
     metrics |= check_composed(model, policy, validation, splits["validation"])
-    full_correct = {name: split.full_correct for name, split in answers.items()}
     rows = reliability_rows(answers["calibration"], policy.temperatures)
     return Calibrated(policy, model, metrics, full_correct, rows)
 
@@ -82,8 +86,9 @@ def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> byt
     """The one file: the segments in one model, with what a device must know in its metadata.
 
     That is the policy, class names, input shape `[H, W, C]`, what its pixels are, significant bits
-    of 16-bit pictures, the blocks, and the segments' hash, by which a device tells whether the
-    segments beside the file are its. Errors: InputError for a policy that a device would refuse.
+    of 16-bit pictures, how pictures are fitted to the shape, the blocks, and the segments' hash, by
+    which a device tells whether the segments beside the file are its. Errors: InputError for a
+    policy that a device would refuse.
     """
     text = json.dumps(policy.to_json())
     parse_policy(text)
@@ -91,8 +96,9 @@ def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> byt
         "policy": text,
         "classes": json.dumps(list(manifest.classes)),
         "image_shape": json.dumps(list(manifest.image_shape)),
-        "pixels": json.dumps(describe_pixels(manifest.image_shape)),
+        "pixels": json.dumps(describe_pixels(manifest.image_shape, manifest.fit)),
         "bits": json.dumps(manifest.bits),
+        "fit": json.dumps(manifest.fit),
         "segments_sha256": segments_hash(segments),
         "blocks": json.dumps([asdict(block) for block in manifest.blocks]),
     }

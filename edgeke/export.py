@@ -52,7 +52,8 @@ def export(
     beyond the tolerance are taken for chance. Returns the metrics. Errors: InputError, with nothing
     written, when anything is off by more than its tolerance.
     """
-    channels, _, size = preprocessing.image_shape
+    channels, height, width = preprocessing.image_shape
+    size = (height, width)
     segments = export_segments(network, preprocessing.mean, preprocessing.std, size)
     graphs = {
         name: export_static(alone, own.mean, own.std, size) for name, (alone, own) in static.items()
@@ -88,9 +89,10 @@ def export(
         macs,
         main_macs,
         preprocessing.classes,
-        (size, size, channels),
+        (height, width, channels),
         preprocessing.bits,
         list_blocks(network, size),
+        preprocessing.fit,
     )
     files = {}
     for precision, parts in (("fp32", segments), ("int8", segments_int8)):

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -97,18 +97,27 @@ def scratch_array(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     The system writes it to the disk where memory is short, and removes it with the process. Errors:
     InputError when the disk is too full: a map that finds no space later kills the process.
     """
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    with tempfile.TemporaryFile(dir=SCRATCH) as file:  # the map keeps it open
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            what = f"no space left for {size / 2**20:.0f} MiB in {SCRATCH}"
-            raise InputError(f"{what}. {_FREE_SPACE}") from error
+    with scratch_file(math.prod(shape) * np.dtype(dtype).itemsize) as file:  # the map keeps it open
         return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
+
+
+def scratch_file(size: int) -> IO[bytes]:
+    """An open file of `size` bytes without a name below `.edgeke`, which goes with the process.
+
+    Errors: InputError when the disk is too full.
+    """
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    file = tempfile.TemporaryFile(dir=SCRATCH)  # noqa: SIM115  # the caller closes it
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        file.close()
+        if error.errno not in _FULL:
+            raise
+        what = f"no space left for {size / 2**20:.0f} MiB in {SCRATCH}"
+        raise InputError(f"{what}. {_FREE_SPACE}") from error
+    return file
 
 
 def read_json(path: Path) -> Any:

@@ -7,6 +7,7 @@ of a network have defaults: every other value is in params.yaml, where DVC sees 
 import dataclasses
 import difflib
 import json
+import re
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +22,11 @@ from edgeke.learning.orders import ORDERS
 from edgeke.networks.architecture import (
     Backbone,
     ExitSpec,
+    ImageSize,
     check_layout,
     exit_count,
     resolve_layout,
+    sides,
 )
 from edgeke.remote import ssh_command
 
@@ -58,15 +61,36 @@ def _check(accepts: Callable[[Any], bool], remedy: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        return bool(text) and bool(re.compile(text))
+    except re.error:
+        return False
+
+
 _ONCE = _check(lambda values: len({str(v) for v in values}) == len(values), "each entry once")
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class Group:
+    """How the file names of the user's own images tell which belong together."""
+
+    folder: Annotated[Whole, Field(ge=1, le=20)] | None = None
+    pattern: Annotated[str, _check(_is_pattern, "a regular expression of Python")] | None = None
+
+    def __post_init__(self) -> None:
+        one = (self.folder is None) != (self.pattern is None)
+        _use(one, "one of {folder: 1} and {pattern: '(part[0-9]+)_'}")
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class Data:
-    """The folder of the user's own images, read by the `image_folder` source."""
+    """The user's own images, read by the sources `image_folder` and `csv`."""
 
     path: Text
     bits: Annotated[Whole, Field(ge=8, le=16)]
+    group: Group | None
+    max_megapixels: Annotated[Number, Field(gt=0, le=10_000)]
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -278,17 +302,25 @@ Images = Annotated[
 ]
 
 
+Side = Annotated[Whole, Field(ge=8, le=1024, multiple_of=8)]
+
+
 @dataclass(frozen=True, config=_CONFIG)
 class Source:
     """A labelled image set and its splits: numbers of images (int), or shares of all (float)."""
 
-    source: Literal["digits", "cifar10", "cifar100", "image_folder", "elpv"]
-    image_size: Annotated[Whole, Field(ge=8, le=1024, multiple_of=8)]
+    source: Literal["digits", "cifar10", "cifar100", "image_folder", "csv", "elpv"]
+    image_size: Side | tuple[Side, Side]
     channels: Literal[1, 3]
-    fit: Literal["exact", "resize"]
+    fit: Literal["crop", "pad", "stretch", "exact"]
     validation: Images
     calibration: Images
     test: Images | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images."""
+        return (*sides(self.image_size), self.channels)
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -309,7 +341,7 @@ class Network:
                 "its features; set weights: pretrained, or a safetensors file"
             )
 
-    def backbone(self, channels: int, classes: int, image_size: int) -> Backbone:
+    def backbone(self, channels: int, classes: int, image_size: ImageSize) -> Backbone:
         """The network for such images and classes. Errors: InputError when there is none."""
         return Backbone(self.network, channels, classes, image_size, self.width, self.stem)
 
@@ -360,7 +392,7 @@ class Profile:
     recipes: Recipes
 
     def __post_init__(self) -> None:
-        padding, side = self.augmentation.crop_padding, self.data.image_size
+        padding, side = self.augmentation.crop_padding, min(sides(self.data.image_size))
         if padding >= side:
             raise InputError(
                 f"augmentation.crop_padding = {padding}; pad by less than the image's side, {side}"

@@ -97,3 +97,22 @@ def test_a_policy_that_no_device_would_read_is_not_shipped(built):
     points = (*result.policy.points, result.policy.points[0])
     with pytest.raises(InputError, match=re.escape("(names of points)")):
         compose(files, replace(result.policy, points=points), manifest)
+
+
+def test_of_each_group_one_calibration_image_is_counted(network, dataset, tmp_path: Path):
+    files = []
+    for number, model in enumerate(export_segments(network, dataset.mean, dataset.std, SIZE)):
+        files.append(tmp_path / f"{number}.onnx")
+        onnx.save(model, files[-1])
+    manifest = Manifest(
+        tuple(file.name for file in files), MACS, MAIN, CLASSES, (SIZE, SIZE, 1), fit="pad"
+    )
+    split = dataset["calibration"]
+    groups = np.arange(len(split.labels)) // 3
+    splits = {**dataset.splits, "calibration": replace(split, groups=groups)}
+    fp32 = calibrate(files, manifest, splits, settings())
+    int8 = calibrate(files, manifest, splits, settings(), fp32.full_correct)
+    for result in (fp32, int8):
+        assert {point.samples for point in result.policy.points} == {len(split.labels) // 3}
+    metadata = open_session(fp32.model).get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["fit"]) == "pad"

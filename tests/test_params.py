@@ -93,6 +93,12 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
         ("tracking.enabled", "yes", ["tracking.enabled", "true or false"]),
         ("tracking.experiment", "Ada's", ["tracking.experiment", "without / :"]),
         ("profiles.tiny.data.image_size", 12, ["image_size = 12", "multiple of 8"]),
+        ("profiles.tiny.data.image_size", [16, 20], ["image_size[1] = 20", "multiple of 8"]),
+        ("profiles.tiny.data.fit", "resize", ['fit = "resize"', "'crop', 'pad', 'stretch'"]),
+        ("data.group", {"folder": 0}, ["data.group.folder = 0"]),
+        ("data.group", {"pattern": "(part"}, ["data.group", "regular expression"]),
+        ("data.group", {"folder": 1, "pattern": "x"}, ["data.group", "one of {folder: 1}"]),
+        ("data.max_megapixels", 0, ["data.max_megapixels = 0"]),
         ("profiles.tiny.data.test", 1.2, ["profiles.tiny.data.test = 1.2", "share"]),
         (
             "profiles.tiny.augmentation.crop_padding",

@@ -1,9 +1,10 @@
-"""Where labelled images come from: packages, torchvision's downloads, a folder."""
+"""Where labelled images come from: packages, torchvision's downloads, the user's own pictures."""
 
+import hashlib
 import importlib.util
 import os
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,62 +14,179 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from edgeke.data.listing import Listing, list_pictures, listed
+from edgeke.data.pixels import Pixels, Stored
+from edgeke.data.quotas import check_enough
 from edgeke.device.decode import BITS, fit_picture, open_picture
 from edgeke.errors import InputError
-from edgeke.files import scratch_array
-from edgeke.params import Source
+from edgeke.params import Data, Source
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+# What a crop drops of a typical picture is said from here on.
+_MUCH = 0.1
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images uint8 `[N, C, H, W]`, labels int64 `[N]` and the names of the classes.
+    """Images uint8 `[N]` of `[C, H, W]`, labels int64 `[N]` and the names of the classes.
 
-    Images may be mapped from a temporary file.
     The first `train` images may be split further; the others are the source's own test split
     (none when `train` equals N). `names` of the images, where they have any, are their files.
-    `bits`: significant bits of 16-bit pictures. `notes` are sentences for the user.
+    `bits`: significant bits of 16-bit pictures. `notes` are sentences for the user. The user's own
+    pictures have a `listing`, which says more, and `digests` `[N]`, SHA-256 of their files.
     """
 
-    images: NDArray[np.uint8]
+    images: Pixels
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     train: int
     names: tuple[str, ...] = ()
     bits: int = BITS
     notes: tuple[str, ...] = ()
+    listing: Listing | None = None
+    digests: tuple[str, ...] = ()
 
 
-def read_source(source: Source, path: Path, bits: int = BITS) -> LabelledImages:
-    """Read the source that the profile names.
+def read_source(source: Source, data: Data) -> LabelledImages:
+    """Read the source that the profile names; the user's own pictures as `data` says.
 
-    `path` is the folder of `image_folder`, `bits` are the significant bits of its 16-bit pictures.
-    Errors: InputError for a missing or empty class folder, a corrupt or mis-sized image (named),
-    fewer than two classes, a download that fails.
+    Whatever can be checked without pixels is checked before the first picture is decoded. Errors:
+    InputError for whatever is wrong with folders, names or a CSV, too few pictures of a class,
+    damaged or mis-sized pictures (all named), fewer than two classes, a download that fails.
     """
-    labelled = SOURCES[source.source](source, path, bits)
-    if len(labelled.classes) < 2:
+    if source.source in PACKAGED:
+        return PACKAGED[source.source](source)
+    listing = list_pictures(source.source, data)
+    if len(listing.classes) < 2:
         raise InputError(
-            f"source {source.source} has only one class ({', '.join(labelled.classes)}); a "
-            "classifier needs at least two class folders"
+            f"source {source.source} has only one class ({', '.join(listing.classes)}); a "
+            "classifier needs at least two"
         )
-    return labelled
+    check_enough(listing, source)
+    return _read_pictures(listing, source, data)
 
 
-def _digits(source: Source, path: Path, bits: int) -> LabelledImages:
+def _read_pictures(listing: Listing, source: Source, data: Data) -> LabelledImages:
+    highest = [0]  # values of 16-bit pictures
+    count = len(listing.files)
+    sizes: list[tuple[int, int]] = [(0, 0)] * count
+    digests = [""] * count
+
+    def read(number: int) -> NDArray[np.uint8]:
+        file = listing.files[number]
+        picture = open_picture(file, source.shape, source.fit, data.max_megapixels)
+        sizes[number] = picture.info["size"]
+        with file.open("rb") as opened:
+            digests[number] = hashlib.file_digest(opened, "sha256").hexdigest()
+        if picture.mode == "I;16":
+            highest.append(int(np.asarray(picture).max()))
+        return _fit(picture, source, data.bits, str(file))
+
+    images = _read_all(count, source, read, f"read {data.path}")
+    notes = (
+        *listing.notes,
+        *_about_bits(max(highest), data.bits),
+        *_about_shape(sizes, source),
+    )
+    train = count - listing.splits.count("test")
+    return LabelledImages(
+        images,
+        listing.labels,
+        listing.classes,
+        train,
+        listing.names,
+        data.bits,
+        notes,
+        listing,
+        tuple(digests),
+    )
+
+
+def _read_all(
+    count: int, source: Source, read: Callable[[int], NDArray[np.uint8]], description: str
+) -> Stored:
+    """Images number 0 to `count` - 1.
+
+    Read by a thread per core: Pillow decodes and scales without Python's lock. Errors: InputError
+    that names all images that cannot be read.
+    """
+    height, width, channels = source.shape
+    images = Stored(count, (channels, height, width))
+    faults: dict[int, InputError] = {}
+
+    def put(number: int) -> None:
+        try:
+            images[number] = read(number)
+        except InputError as error:
+            faults[number] = error
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        done = pool.map(put, range(count))
+        for _ in tqdm(done, desc=description, total=count, unit="image", mininterval=1):
+            pass
+    finally:  # also after Ctrl-C: only what has begun is finished
+        pool.shutdown(cancel_futures=True)
+    if len(faults) == 1:
+        raise next(iter(faults.values()))
+    if faults:
+        words = listed(str(faults[number]) for number in sorted(faults))
+        raise InputError(f"{len(faults)} of {count} pictures cannot be used:{words}")
+    return images
+
+
+def _about_bits(highest: int, bits: int) -> list[str]:
+    """A sentence where 16-bit pictures use less than a quarter of the range they could."""
+    if not highest or highest >> (bits - 2):
+        return []
+    used = max(8, highest.bit_length())
+    return [
+        f"no 16-bit picture has a value above {highest}, of {2**bits - 1}: they are read nearly "
+        f"black. If the camera gives {used} bits, use -S data.bits={used}"
+    ]
+
+
+def _about_shape(sizes: list[tuple[int, int]], source: Source) -> list[str]:
+    """What share of a typical picture is dropped by a crop, or empty with `pad`."""
+    height, width, _ = source.shape
+    ratios = [(size[0] / size[1]) / (width / height) for size in sizes]  # wider than needed: > 1
+    lost = statistics.median(1 - min(ratio, 1 / ratio) for ratio in ratios)
+    typical = sizes[ratios.index(statistics.median_low(ratios))]
+    which = f"a typical picture ({typical[0]}x{typical[1]}, {width}x{height} are taken)"
+    if lost < _MUCH or source.fit not in ("crop", "pad"):
+        return []
+    if source.fit == "pad":
+        return [f"fit: pad leaves {lost:.0%} of the image black around {which}; see image_size"]
+    return [
+        f"fit: crop drops {lost:.0%} of {which}. If that may matter, use fit: pad or "
+        "stretch, or an image_size [height, width] of their shape, such as "
+        f"{_alike(typical, height * width)}"
+    ]
+
+
+def _alike(size: tuple[int, int], area: int) -> list[int]:
+    """Height and width of such a shape and about such an area, multiples of 8."""
+    factor = (area / (size[0] * size[1])) ** 0.5
+    return [max(8, 8 * round(side * factor / 8)) for side in (size[1], size[0])]
+
+
+def _fit(picture: Image.Image, source: Source, bits: int, name: str) -> NDArray[np.uint8]:
+    """One picture as uint8 `[C, H, W]` of the profile's size."""
+    return fit_picture(picture, source.shape, bits, name, source.fit).transpose(2, 0, 1)
+
+
+def _digits(source: Source) -> LabelledImages:
     """scikit-learn's 1,797 handwritten digits (UCI, 8x8, 17 grey levels)."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    images = np.stack([_fit(Image.fromarray(image), source, bits, "digits") for image in grey])
+    images = np.stack([_fit(Image.fromarray(image), source, BITS, "digits") for image in grey])
     return LabelledImages(
         images, bunch.target.astype(np.int64), tuple(map(str, bunch.target_names)), len(images)
     )
 
 
-def _cifar(source: Source, path: Path, bits: int) -> LabelledImages:
+def _cifar(source: Source) -> LabelledImages:
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) as torchvision downloads and verifies it."""
     from torchvision import datasets
 
@@ -85,148 +203,20 @@ def _cifar(source: Source, path: Path, bits: int) -> LabelledImages:
                 "the images out as class folders and use -S profile=image_folder"
             ) from error
     pixels = np.concatenate([part.data for part in parts])
-    images = pixels.transpose(0, 3, 1, 2)
-    if source.image_size != images.shape[-1] or source.channels != images.shape[1]:
+    images: Pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    if source.shape != pixels.shape[1:]:
         name = source.source
         images = _read_all(
             len(pixels),
             source,
-            lambda number: _fit(Image.fromarray(pixels[number]), source, bits, name),
+            lambda number: _fit(Image.fromarray(pixels[number]), source, BITS, name),
             f"scale {name}",
         )
     labels = np.concatenate([np.asarray(part.targets, np.int64) for part in parts])
-    return LabelledImages(
-        np.ascontiguousarray(images), labels, tuple(parts[0].classes), len(parts[0].targets)
-    )
+    return LabelledImages(images, labels, tuple(parts[0].classes), len(parts[0].targets))
 
 
-def _image_folder(source: Source, path: Path, bits: int) -> LabelledImages:
-    """`path/{train,test}/<class>/*`, or `path/<class>/*` when there is no own test split."""
-    if not path.is_dir():
-        raise InputError(
-            f"data.path = {path} is not a folder; put class folders there, or point to them with "
-            "-S data.path=/absolute/folder"
-        )
-    # A class may be called train, too: only a folder of folders is a split.
-    has_parts = (path / "train").is_dir() and any(f.is_dir() for f in (path / "train").iterdir())
-    parts = [path / "train", path / "test"] if has_parts else [path]
-    files, labels, train = [], [], 0
-    left_out: dict[str, list[Path]] = defaultdict(list)
-    if has_parts:
-        left_out["beside train/ and test/"] = [f for f in _visible(path) if f not in parts]
-    classes = _classes(parts[0])
-    for part in parts:
-        if _classes(part) != classes:
-            differing = sorted(set(_classes(part)) ^ set(classes))
-            raise InputError(
-                f"{parts[0]} and {part} must hold the same class folders; these are in only one "
-                f"of them: {', '.join(differing)}"
-            )
-        left_out["beside class folders"] += [f for f in _visible(part) if not f.is_dir()]
-        for label, name in enumerate(classes):
-            pictures = []
-            for file in _visible(part / name):
-                if file.is_dir():
-                    left_out["below class folders"].append(file)
-                elif file.suffix.lower() not in _SUFFIXES:
-                    left_out[f"ending in {file.suffix or 'nothing'}"].append(file)
-                else:
-                    pictures.append(file)
-            if not pictures:
-                raise InputError(
-                    f"class folder {part / name} holds no images ({', '.join(sorted(_SUFFIXES))});"
-                    " add some or remove the folder"
-                )
-            files += pictures
-            labels += [label] * len(pictures)
-        train = train or len(files)
-    highest = [0]  # values of 16-bit pictures
-
-    def read(number: int) -> NDArray[np.uint8]:
-        picture = open_picture(files[number], source.channels)
-        if picture.mode == "I;16":
-            highest.append(int(np.asarray(picture).max()))
-        return _fit(picture, source, bits, str(files[number]))
-
-    images = _read_all(len(files), source, read, f"read {path}")
-    notes = (*_about_left_out(path, left_out), *_about_bits(max(highest), bits))
-    names = tuple(map(str, files))
-    return LabelledImages(images, np.asarray(labels, np.int64), classes, train, names, bits, notes)
-
-
-def _read_all(
-    count: int, source: Source, read: Callable[[int], NDArray[np.uint8]], description: str
-) -> NDArray[np.uint8]:
-    """Images number 0 to `count` - 1, mapped from a temporary file.
-
-    Read by a thread per core: Pillow decodes and scales without Python's lock. Of several images
-    that cannot be read, the first one's error is raised.
-    """
-    side = source.image_size
-    images: NDArray[np.uint8] = scratch_array((count, source.channels, side, side), np.uint8)
-
-    def put(number: int) -> None:
-        images[number] = read(number)
-
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        done = pool.map(put, range(count))
-        for _ in tqdm(done, desc=description, total=count, unit="image", mininterval=1):
-            pass
-    finally:  # also after Ctrl-C: only what has begun is finished
-        pool.shutdown(cancel_futures=True)
-    return images
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.name[0] != ".")
-
-
-def _classes(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is missing; it must hold one folder per class")
-    names = tuple(child.name for child in _visible(folder) if child.is_dir())
-    if not names:
-        raise InputError(
-            f"{folder} holds no class folders; put the images of each class into a folder of its "
-            "name (queued and --temp runs work in a copy: give data.path as an absolute path)"
-        )
-    return names
-
-
-def _about_left_out(path: Path, left_out: Mapping[str, list[Path]]) -> list[str]:
-    """One sentence that counts by reason what was not read, with an example of each."""
-    reasons = [
-        f"{len(files)} {reason} (such as {files[0].relative_to(path)})"
-        for reason, files in left_out.items()
-        if files
-    ]
-    return [f"left out of {path}: {', '.join(reasons)}"] if reasons else []
-
-
-def _about_bits(highest: int, bits: int) -> list[str]:
-    """A sentence where 16-bit pictures use less than a quarter of the range they could."""
-    if not highest or highest >> (bits - 2):
-        return []
-    used = max(8, highest.bit_length())
-    return [
-        f"no 16-bit picture has a value above {highest}, of {2**bits - 1}: they are read nearly "
-        f"black. If the camera gives {used} bits, use -S data.bits={used}"
-    ]
-
-
-def _fit(picture: Image.Image, source: Source, bits: int, name: str) -> NDArray[np.uint8]:
-    """One picture as uint8 `[C, H, W]` of the profile's size."""
-    side = source.image_size
-    if source.fit == "exact" and picture.size != (side, side):
-        raise InputError(
-            f"{name} is {picture.size[0]}x{picture.size[1]}, not {side}x{side}; resize it, or set "
-            "`fit: resize` in the profile's data section to scale and crop every image"
-        )
-    return fit_picture(picture, (side, side, source.channels), bits, name).transpose(2, 0, 1)
-
-
-def _elpv(source: Source, path: Path, bits: int) -> LabelledImages:
+def _elpv(source: Source) -> LabelledImages:
     """2,624 electroluminescence pictures of solar cells (Deitsch et al. 2019), 300x300.
 
     As the package elpv-dataset (CC BY-NC-SA 4.0) brings them. A cell whose defect probability its
@@ -244,18 +234,18 @@ def _elpv(source: Source, path: Path, bits: int) -> LabelledImages:
     labels = np.asarray([float(probability) < 0.5 for _, probability, *_ in rows], np.int64)
 
     def read(number: int) -> NDArray[np.uint8]:
-        picture = open_picture(files[number], source.channels)
-        return _fit(picture, source, bits, str(files[number]))
+        picture = open_picture(files[number], source.shape, source.fit)
+        return _fit(picture, source, BITS, str(files[number]))
 
     images = _read_all(len(files), source, read, "read elpv-dataset")
     names = tuple(map(str, files))
     return LabelledImages(images, labels, ("defective", "functional"), len(files), names)
 
 
-SOURCES: dict[str, Callable[[Source, Path, int], LabelledImages]] = {
+# Sources that never change: their splits are drawn with the seed.
+PACKAGED: dict[str, Callable[[Source], LabelledImages]] = {
     "digits": _digits,
     "cifar10": _cifar,
     "cifar100": _cifar,
-    "image_folder": _image_folder,
     "elpv": _elpv,
 }

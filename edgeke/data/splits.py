@@ -1,16 +1,12 @@
-"""Stratified, seeded splits, and what could make them leak."""
-
-import hashlib
-from collections import defaultdict
+"""Stratified, seeded splits of sources that never change; `quotas` has those of one's own."""
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeke.data.listing import SPLITS
 from edgeke.data.sources import LabelledImages
 from edgeke.errors import InputError
 from edgeke.params import Source
-
-SPLITS = ("train", "validation", "calibration", "test")
 
 
 def split_indices(
@@ -59,14 +55,6 @@ def split_indices(
                 "larger in the profile's data section"
             )
     return {name: splits[name] for name in SPLITS}
-
-
-def copies(images: NDArray[np.uint8]) -> list[list[int]]:
-    """Groups of the indices of images with the same pixels, two or more each."""
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for index, image in enumerate(images):
-        groups[hashlib.sha256(np.ascontiguousarray(image).data).digest()].append(index)
-    return [group for group in groups.values() if len(group) > 1]
 
 
 def _check_enough(labelled: LabelledImages, rest: NDArray[np.int64], name: str, count: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnxruntime
 
-from edgeke.device.decode import BITS
+from edgeke.device.decode import BITS, FIT, FITS
 from edgeke.device.manifest import MANIFEST, Block, parse_blocks, read_manifest
 from edgeke.device.policy import Policy, SchemaError, parse_policy
 from edgeke.device.profile import leads_out
@@ -36,7 +36,7 @@ class Metadata:
     """The one file's metadata: policy, class names, image shape `(H, W, C)`, and more.
 
     `bits`: significant bits of 16-bit pictures. `segments_sha256`: see `segments_hash`; None in
-    files of older versions, where `blocks` are empty.
+    files of older versions, where `blocks` are empty. `fit`: see `decode.fit_picture`.
     """
 
     policy: Policy
@@ -45,6 +45,7 @@ class Metadata:
     bits: int
     segments_sha256: str | None
     blocks: tuple[Block, ...]
+    fit: str = FIT
 
 
 def find_bundle(path: Path, precision: str | None = None) -> Bundle:
@@ -101,8 +102,10 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
         classes = tuple(map(str, json.loads(metadata["classes"])))
         height, width, channels = json.loads(metadata["image_shape"])
         bits = json.loads(metadata.get("bits", str(BITS)))
+        fit = json.loads(metadata.get("fit", json.dumps(FIT)))
         blocks = parse_blocks(json.loads(metadata.get("blocks", "[]")))
-        fits = bits in range(8, 17) and shapes == {
+        fits = bits in range(8, 17) and fit in FITS
+        fits = fits and shapes == {
             "image": [1, height, width, channels],
             "thresholds": [len(policy.macs)],
             "votes": [len(policy.macs)],
@@ -116,7 +119,7 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{name} is damaged: {error}; copy or export it again") from error
     shape = (height, width, channels)
-    return Metadata(policy, classes, shape, bits, metadata.get("segments_sha256"), blocks)
+    return Metadata(policy, classes, shape, bits, metadata.get("segments_sha256"), blocks, fit)
 
 
 def describe_pixels(shape: tuple[int, int, int], fit: str = "crop") -> dict[str, Any]:

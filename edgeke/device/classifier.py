@@ -114,6 +114,7 @@ class Classifier:
         self.classes = self._metadata.classes
         self.image_shape = self._metadata.image_shape
         self.bits = self._metadata.bits
+        self.fit = self._metadata.fit
         self._segments: Segments | None = None
         self._opening, self._profiling = threading.Lock(), threading.Lock()
         self._profile_path = self.bundle.model.parent / _PROFILE

@@ -81,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_FITS = {
+    "crop": "scaled to cover it, cropped at the centre",
+    "pad": "scaled to fit inside, black around",
+    "stretch": "both sides scaled",
+    "exact": "refused",
+}
+
+
 def _say(line: str) -> None:
     """Print a line that has names of the model or of files in it."""
     print(escaped(line))
@@ -94,6 +102,7 @@ def _info(classifier: Classifier) -> None:
     colour = "grey" if channels == 1 else "RGB"
     print(f"image      uint8 {colour}, {height} x {width} (height x width), [H, W, {channels}]")
     print("           0 to 255, normalised in the model; arrays must have this size")
+    print(f"pictures   of another size: {_FITS[classifier.fit]}")
     if classifier.bits != BITS:
         print(f"pictures   of 16 bits per pixel have {classifier.bits} significant bits")
     _say(f"classes    {len(classifier.classes)}: {', '.join(classifier.classes)}")
@@ -167,7 +176,7 @@ def _predict(classifier: Classifier, options: argparse.Namespace) -> int:
     status = 0
     for path in options.images:
         try:
-            image = read_image(path, classifier.image_shape, classifier.bits)
+            image = read_image(path, classifier.image_shape, classifier.bits, classifier.fit)
         except InputError as error:
             status = report(error)
             continue

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeke.device.decode import BITS
+from edgeke.device.decode import BITS, FIT
 from edgeke.errors import InputError
 
 MANIFEST = "segments.json"
@@ -36,7 +36,7 @@ class Manifest:
 
     `main_macs` are those of the main exit without the other exits' branches: the plain network.
     `bits`: significant bits of 16-bit pictures. `blocks`, in order of execution: none in files of
-    older versions.
+    older versions. `fit`: how pictures of another size are read (`decode.fit_picture`).
     """
 
     segments: tuple[str, ...]
@@ -46,6 +46,7 @@ class Manifest:
     image_shape: tuple[int, int, int]
     bits: int = BITS
     blocks: tuple[Block, ...] = ()
+    fit: str = FIT
 
     def to_json(self) -> str:
         """The text of segments.json."""
@@ -68,6 +69,7 @@ def read_manifest(folder: Path) -> Manifest:
             image_shape=tuple(content["image_shape"]),
             bits=content.get("bits", BITS),
             blocks=parse_blocks(content.get("blocks", ())),
+            fit=content.get("fit", FIT),
         )
     except OSError as error:
         raise InputError(

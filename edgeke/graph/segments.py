@@ -16,6 +16,7 @@ from torch.onnx import symbolic_helper
 from edgeke.device.manifest import Block
 from edgeke.graph.compose import IR_VERSION, OPSET
 from edgeke.graph.padding import fold_padding
+from edgeke.networks.architecture import ImageSize, sides
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.cost import count_module
 
@@ -69,7 +70,7 @@ def _folded(exit: nn.Module) -> nn.Module:
 
 
 def export_segments(
-    network: BranchyNet, mean: Sequence[float], std: Sequence[float], image_size: int
+    network: BranchyNet, mean: Sequence[float], std: Sequence[float], image_size: ImageSize
 ) -> list[onnx.ModelProto]:
     """One graph per exit, with a dynamic batch axis.
 
@@ -78,7 +79,7 @@ def export_segments(
     says.
     """
     channels = network.architecture.channels
-    inputs = torch.zeros(2, image_size, image_size, channels, dtype=torch.uint8)
+    inputs = torch.zeros(2, *sides(image_size), channels, dtype=torch.uint8)
     models = []
     for number, exit in enumerate(network.exits):
         first, last = number == 0, number == len(network.exits) - 1
@@ -96,13 +97,13 @@ def export_segments(
     return models
 
 
-def list_blocks(network: BranchyNet, image_size: int) -> tuple[Block, ...]:
+def list_blocks(network: BranchyNet, image_size: ImageSize) -> tuple[Block, ...]:
     """What the segments consist of, in order of execution: blocks of the trunk, and exits.
 
     The first is the normalisation of the image, without operations or parameters.
     """
     network.eval()
-    features = torch.zeros(1, network.architecture.channels, image_size, image_size)
+    features = torch.zeros(1, network.architecture.channels, *sides(image_size))
     rows = [Block("normalise", "block", 0, 0, 0, tuple(features.shape[1:]), "/blocks/blocks.0/")]
     for number, exit in enumerate(network.exits):
         for place, (name, block) in enumerate(network.blocks(number).items(), number == 0):
@@ -116,7 +117,7 @@ def list_blocks(network: BranchyNet, image_size: int) -> tuple[Block, ...]:
 
 
 def export_static(
-    network: BranchyNet, mean: Sequence[float], std: Sequence[float], image_size: int
+    network: BranchyNet, mean: Sequence[float], std: Sequence[float], image_size: ImageSize
 ) -> onnx.ModelProto:
     """The last exit alone as one graph: `image` uint8 `[N, H, W, C]` to `logits` `[N, K]`."""
     return export_segments(network.branch(-1), mean, std, image_size)[0]

@@ -60,5 +60,5 @@ def check_student(params: Params, dataset: Dataset) -> None:
 
 
 def _backbone(network: Network, dataset: Dataset) -> Backbone:
-    channels, _, side = dataset.image_shape
-    return network.backbone(channels, len(dataset.classes), side)
+    channels, height, width = dataset.image_shape
+    return network.backbone(channels, len(dataset.classes), (height, width))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from edgeke.data.dataset import Dataset
-from edgeke.device.decode import BITS
+from edgeke.device.decode import BITS, FIT
 from edgeke.errors import InputError
 from edgeke.files import read_json, write_bytes, write_text
 from edgeke.networks.architecture import Architecture
@@ -23,7 +23,7 @@ from edgeke.networks.branchynet import BranchyNet
 class Preprocessing:
     """What the network expects: normalisation in [0, 1], image shape [C, H, W], class names.
 
-    `bits`: significant bits of 16-bit pictures.
+    `bits`: significant bits of 16-bit pictures. `fit`: how pictures of another size are read.
     """
 
     mean: tuple[float, ...]
@@ -31,11 +31,13 @@ class Preprocessing:
     image_shape: tuple[int, int, int]
     classes: tuple[str, ...]
     bits: int = BITS
+    fit: str = FIT
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Preprocessing":
         """The preprocessing that belongs to a dataset."""
-        return cls(dataset.mean, dataset.std, dataset.image_shape, dataset.classes, dataset.bits)
+        shape, bits, fit = dataset.image_shape, dataset.bits, dataset.fit
+        return cls(dataset.mean, dataset.std, shape, dataset.classes, bits, fit)
 
 
 def save_checkpoint(

@@ -19,18 +19,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the cut points, or save pretrained weights; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m edgeke.networks", description=__doc__)
     parser.add_argument("network", help="such as resnet18, or timm/tf_efficientnet_lite0")
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", default=[224], help="one side, or height and width"
+    )
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
     parser.add_argument("--width", type=int, help="of our ResNets' first stage")
     parser.add_argument("--stem", choices=("standard", "small"), default="standard")
     parser.add_argument("--save", type=Path, help="save the pretrained weights to this file")
     options = parser.parse_args(arguments)
+    if len(options.image_size) > 2:
+        parser.error("--image-size takes one side, or height and width")
     try:
         backbone = Backbone(
             options.network,
             options.channels,
             _CLASSES,
-            options.image_size,
+            (options.image_size[0], options.image_size[-1]),
             options.width,
             options.stem,
         )

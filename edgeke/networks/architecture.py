@@ -22,6 +22,15 @@ LAYOUTS = ("auto", "edgeke", "stages")
 KINDS = ("branch", "attention", "separable", "linear", "pooled")
 
 
+# The side of square images, or height and width.
+ImageSize = int | tuple[int, int]
+
+
+def sides(size: ImageSize) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A single-exit network, and the images and classes it is built for.
@@ -34,11 +43,13 @@ class Backbone:
     network: str
     channels: int
     classes: int
-    image_size: int
+    image_size: ImageSize
     width: int | None = None
     stem: Literal["standard", "small"] = "standard"
 
     def __post_init__(self) -> None:
+        height, width = sides(self.image_size)  # JSON gives a list; a square has one form only
+        object.__setattr__(self, "image_size", height if height == width else (height, width))
         if self.network.startswith(TIMM):
             if self.width is not None:
                 raise InputError(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgeke.networks.architecture import ImageSize, sides
 from edgeke.networks.branchynet import BranchyNet
 
 
@@ -23,13 +24,13 @@ class ExitCost:
     activation_bytes: int
 
 
-def exit_costs(network: BranchyNet, image_size: int) -> tuple[ExitCost, ...]:
+def exit_costs(network: BranchyNet, image_size: ImageSize) -> tuple[ExitCost, ...]:
     """The cost of every exit as the cascade runs, `[E]`, increasing.
 
     Operations are counted by `torch.utils.flop_counter`, two per multiply-accumulate.
     """
     device = next(network.parameters()).device
-    features = torch.zeros(1, network.architecture.channels, image_size, image_size, device=device)
+    features = torch.zeros(1, network.architecture.channels, *sides(image_size), device=device)
     training, start = network.training, 0
     macs = parameters = written = 0
     costs = []

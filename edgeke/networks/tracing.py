@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeke.errors import InputError
-from edgeke.networks.architecture import TIMM, Backbone
+from edgeke.networks.architecture import TIMM, Backbone, ImageSize, sides
 from edgeke.networks.build import build_network, require_timm
 
 _STEP, _LARGEST = 8, 1024  # image sizes are multiples of 8 up to 1024
@@ -220,21 +220,23 @@ class _Analysis:
         try:
             return self._run(size)
         except Exception as error:  # whatever a layer raises at an impossible size
-            smallest = self._smallest_above(size)
+            smallest = self._smallest_above(min(sides(size)))
             remedy = f"; the smallest that works is {smallest}" if smallest else ""
             raise InputError(
-                f"{network} does not work on images of {size}x{size}{remedy} ({_first_line(error)})"
+                f"{network} does not work on images of {_named(size)}{remedy} "
+                f"({_first_line(error)})"
             ) from error
 
     def _at_another_size(self) -> _Shapes | None:
         """Shapes at another size; None for a network that accepts only its own."""
+        height, width = (max(_OTHER_SIZE, 2 * side) for side in sides(self.backbone.image_size))
         try:
-            return self._run(max(_OTHER_SIZE, 2 * self.backbone.image_size))[0]
+            return self._run((height, width))[0]
         except Exception:
             return None
 
     def _smallest_above(self, size: int) -> int | None:
-        """The smallest image size above one that fails, by bisection; None where there is none."""
+        """The smallest side above one that fails, by bisection; None where there is none."""
         low, high = size // _STEP, _LARGEST // _STEP
         if not self._works(high * _STEP):
             return None
@@ -250,7 +252,7 @@ class _Analysis:
             return False
         return True
 
-    def _run(self, size: int) -> tuple[_Shapes, dict[str, int]]:
+    def _run(self, size: ImageSize) -> tuple[_Shapes, dict[str, int]]:
         """Shapes of all tensors, and operations up to each node, on tensors without data."""
         shapes: _Shapes = {}
         macs: dict[str, int] = {}
@@ -263,7 +265,7 @@ class _Analysis:
                 macs[n.name] = counter.get_total_flops() // 2
                 return output
 
-        images = torch.zeros(1, self.backbone.channels, size, size, device="meta")
+        images = torch.zeros(1, self.backbone.channels, *sides(size), device="meta")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             Interpreter(self.network, graph=self.graph).run(images)
         return shapes, macs
@@ -336,14 +338,14 @@ class _Analysis:
                 "none: heads need maps [N, C, H, W]; use a convolutional network"
             )
         if self.others is not None:
-            other = max(_OTHER_SIZE, 2 * size)
+            other = max(_OTHER_SIZE, 2 * sides(size)[1])
             side = self.others[self.nodes[cuts[-1].node].name][3]
             # A power of 2, as strides are; VGG's last layer also takes 6 positions off.
             stride = 2 ** int(math.log2(other // side))
-            if size < stride:
+            if min(sides(size)) < stride:
                 smallest = math.ceil(stride / _STEP) * _STEP
                 raise InputError(
-                    f"images of {size}x{size} are too small for {network}, which divides the side "
+                    f"images of {_named(size)} are too small for {network}, which divides the side "
                     f"by {stride}; the smallest size that works is {smallest}"
                 )
 
@@ -366,6 +368,10 @@ def _weights(module: nn.Module) -> int:
         any(parameter.dim() > 1 for parameter in each.parameters(recurse=False))
         for each in module.modules()
     )
+
+
+def _named(size: ImageSize) -> str:
+    return "x".join(map(str, sides(size)))
 
 
 def _first_line(error: Exception) -> str:

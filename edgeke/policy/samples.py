@@ -66,6 +66,17 @@ class ExitLogits:
         return ExitLogits(self.logits[:, samples], self.labels[samples], reference)
 
 
+def one_of_each(groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The index of one sample of each group, in order; `groups` `[N]` are their numbers.
+
+    Drawn with a fixed seed, whatever the answers are: samples of different groups are independent,
+    and those of one group are not.
+    """
+    order = np.random.default_rng(0).permutation(len(groups))
+    first = np.unique(groups[order], return_index=True)[1]
+    return np.sort(order[first])
+
+
 @dataclass(frozen=True)
 class Samples:
     """What every exit, and last the vote, would answer on some samples.

@@ -60,10 +60,11 @@ def content(params: Params) -> str:
     """A hash of what results depend on: parameters, code, the user's own images."""
     values = {k: v for k, v in flatten(params).items() if not k.startswith("tracking.")}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    if params.profile.data.source == "image_folder":
+    if params.profile.data.source in ("image_folder", "csv"):
         for file in sorted(Path(params.data.path).rglob("*")):
-            facts = file.stat()
-            digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}".encode())
+            facts = file.stat() if file.exists() else file.lstat()  # a link to nothing
+            text = f"{file} {facts.st_size} {facts.st_mtime_ns}"
+            digest.update(text.encode(errors="surrogateescape"))  # names that are not UTF-8
     for file in sorted([*Path("edgeke").rglob("*.py"), *Path("stages").rglob("*.py")]):
         digest.update(str(file).encode() + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from toys import replace
 
-from edgeke.data.sources import read_source
+from edgeke.data import sources
+from edgeke.data.sources import LabelledImages
 from edgeke.device.decode import open_picture
 from edgeke.errors import InputError
-from edgeke.params import Source
+from edgeke.params import Data, Source
 
 FOLDER = Source(
     source="image_folder",
@@ -26,6 +27,18 @@ FOLDER = Source(
 )
 
 
+def data(path: Path, bits: int = 16, **changes: object) -> Data:
+    return replace(Data(str(path), bits, None, 200), **changes)
+
+
+def read_source(source: Source, path: Path, bits: int = 16, **changes: object) -> LabelledImages:
+    return sources.read_source(source, data(path, bits, **changes))
+
+
+def pixels(labelled: LabelledImages) -> np.ndarray:
+    return np.stack([labelled.images[n] for n in range(len(labelled.images))])
+
+
 def paint(path: Path, value: int, size: tuple[int, int] = (8, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (value, 0, 255 - value)).save(path)
@@ -34,7 +47,7 @@ def paint(path: Path, value: int, size: tuple[int, int] = (8, 8)) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for label, name in enumerate(("bolt", "nut")):
-        for i in range(3):
+        for i in range(4):
             paint(tmp_path / name / f"{i}.png", 100 * label + i)
     return tmp_path
 
@@ -42,9 +55,9 @@ def folder(tmp_path: Path) -> Path:
 def test_one_folder_is_read_in_class_order(folder: Path):
     labelled = read_source(FOLDER, folder)
     assert labelled.classes == ("bolt", "nut")
-    assert labelled.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert labelled.images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
-    assert labelled.train == 6
+    assert labelled.labels.tolist() == [0] * 4 + [1] * 4
+    assert pixels(labelled)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 100, 101, 102, 103]
+    assert labelled.train == 8
 
 
 def test_train_and_test_folders_keep_their_split(tmp_path: Path):
@@ -60,14 +73,15 @@ def test_train_and_test_folders_keep_their_split(tmp_path: Path):
 
 
 def test_a_class_may_be_called_train(folder: Path):
-    paint(folder / "train" / "0.png", 7)
+    for i in range(4):
+        paint(folder / "train" / f"{i}.png", 7 + i)
     assert read_source(FOLDER, folder).classes == ("bolt", "nut", "train")
 
 
 def test_grey_and_resized(folder: Path):
     paint(folder / "nut" / "large.png", 50, (20, 12))
-    source = replace(FOLDER, channels=1, fit="resize")
-    assert read_source(source, folder).images.shape == (7, 1, 8, 8)
+    source = replace(FOLDER, channels=1, fit="crop")
+    assert pixels(read_source(source, folder)).shape == (9, 1, 8, 8)
 
 
 @pytest.mark.parametrize("bits", [12, 16])
@@ -76,7 +90,10 @@ def test_pictures_of_sixteen_bits_keep_the_upper_eight(folder: Path, bits: int):
     for name in ("nut", "bolt"):
         Image.fromarray(gradient).save(folder / name / "xray.png")
     labelled = read_source(replace(FOLDER, channels=1), folder, bits)
-    assert labelled.images[-1, 0].ravel().tolist() == (gradient >> bits - 8).ravel().tolist()
+    assert (
+        labelled.images[-1 % len(labelled.images)][0].ravel().tolist()
+        == (gradient >> bits - 8).ravel().tolist()
+    )
     assert labelled.bits == bits
     assert labelled.notes == ()
 
@@ -94,7 +111,8 @@ def test_twelve_bits_taken_for_sixteen_are_reported(folder: Path):
 def test_what_is_left_out_is_counted_by_reason(tmp_path: Path):
     for part in ("train", "test"):
         for name in ("bolt", "nut"):
-            paint(tmp_path / part / name / "0.TIFF", 1)
+            for i in range(4):
+                paint(tmp_path / part / name / f"{i}.TIFF", i)
     paint(tmp_path / "val" / "nut" / "0.png", 1)
     paint(tmp_path / "train" / "stray.png", 1)
     paint(tmp_path / "test" / "nut" / "more" / "0.png", 1)
@@ -104,6 +122,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path):
     assert labelled.notes == (
         f"left out of {tmp_path}: 1 beside train/ and test/ (such as val), "
         "1 beside class folders (such as train/stray.png), "
+        "1 hidden or the system's (such as train/nut/.DS_Store), "
         "1 ending in nothing (such as train/nut/LICENSE), "
         "2 ending in .gif (such as train/nut/a.gif), "
         "1 below class folders (such as test/nut/more)",
@@ -112,7 +131,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path):
 
 def test_a_misfit_is_named_with_its_size_and_the_way_out(folder: Path):
     paint(folder / "nut" / "large.png", 50, (20, 12))
-    with pytest.raises(InputError, match=r"large\.png is 20x12, not 8x8.*fit: resize"):
+    with pytest.raises(InputError, match=r"large\.png is 20x12, not 8x8.*fit: crop"):
         read_source(FOLDER, folder)
 
 
@@ -122,11 +141,13 @@ def test_a_corrupt_image_is_named(folder: Path):
         read_source(FOLDER, folder)
 
 
-def test_of_many_corrupt_images_the_first_is_named(folder: Path):
+def test_all_corrupt_images_are_named_at_once(folder: Path):
     for number in range(20):
         (folder / "bolt" / f"bad{number:02}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(InputError, match=r"bolt/bad00\.png cannot be read as an image"):
+    with pytest.raises(InputError) as caught:
         read_source(FOLDER, folder)
+    assert str(caught.value).startswith("20 of 28 pictures cannot be used:\n")
+    assert all(f"bolt/bad{number:02}.png cannot" in str(caught.value) for number in range(20))
 
 
 def test_ctrl_c_stops_reading(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -134,12 +155,12 @@ def test_ctrl_c_stops_reading(folder: Path, monkeypatch: pytest.MonkeyPatch):
         paint(folder / "nut" / f"{number}.png", 1)
     opened = []
 
-    def slow(file: Path, channels: int) -> Image.Image:
+    def slow(file: Path, *rest: object) -> Image.Image:
         opened.append(file)
         if len(opened) == 5:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
-        return open_picture(file, channels)
+        return open_picture(file, *rest)
 
     monkeypatch.setattr("edgeke.data.sources.open_picture", slow)
     with pytest.raises(KeyboardInterrupt):
@@ -157,7 +178,7 @@ def test_missing_empty_and_lonely_classes(folder: Path, tmp_path: Path):
     empty.rmdir()
     for file in (folder / "nut").iterdir():
         file.unlink()
-    with pytest.raises(InputError, match=r"class folder .*nut holds no images"):
+    with pytest.raises(InputError, match=r"(?s)class folders hold no images .*nut"):
         read_source(FOLDER, folder)
     (folder / "nut").rmdir()
     with pytest.raises(InputError, match=r"only one class \(bolt\)"):
@@ -185,6 +206,6 @@ def test_cifar_is_read_as_torchvision_gives_it(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(datasets, "CIFAR10", stored)
     labelled = read_source(replace(FOLDER, source="cifar10", test=None), tmp_path)
-    assert labelled.images.shape == (8, 3, 8, 8)
-    assert labelled.images[0, :, 0, 0].tolist() == [1, 2, 3]
+    assert pixels(labelled).shape == (8, 3, 8, 8)
+    assert labelled.images[0][:, 0, 0].tolist() == [1, 2, 3]
     assert labelled.train == 6

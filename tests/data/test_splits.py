@@ -3,7 +3,7 @@ import pytest
 from toys import replace
 
 from edgeke.data.sources import LabelledImages
-from edgeke.data.splits import SPLITS, copies, split_indices
+from edgeke.data.splits import SPLITS, split_indices
 from edgeke.errors import InputError
 from edgeke.params import Source
 
@@ -65,10 +65,3 @@ def test_too_few_images_are_refused():
         split_indices(make([60, 60]), replace(SOURCE, validation=1), 0)
     with pytest.raises(InputError, match="no image of class b"):
         split_indices(make([200, 3]), SOURCE, 0)
-
-
-def test_copies_are_grouped():
-    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 8, 8), np.uint8)
-    images[4] = images[5] = images[0]
-    images[3] = images[2]
-    assert copies(images) == [[0, 4, 5], [2, 3]]

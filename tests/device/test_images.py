@@ -1,3 +1,4 @@
+import itertools
 import struct
 import sys
 
@@ -96,7 +97,7 @@ def test_bad_batches_name_the_image(images, words):
 
 def test_training_and_device_read_the_same_pixels(tmp_path):
     from edgeke.data.sources import read_source
-    from edgeke.params import Source
+    from edgeke.params import Data, Source
 
     random = np.random.default_rng(0)
     for place, name in enumerate(("one", "two")):
@@ -107,12 +108,16 @@ def test_training_and_device_read_the_same_pixels(tmp_path):
         Image.fromarray(pixels[..., 0]).save(folder / "b.jpg")
         Image.fromarray(pixels[..., 0].astype(np.uint16) * 16).save(folder / "c.png")
         Image.fromarray(pixels).convert("P").save(folder / "d.tif")
-    for channels in (1, 3):
-        source = Source("image_folder", 8, channels, "resize", 0.2, 0.2, 0.2)
-        expected = read_source(source, tmp_path / "images", 12).images.transpose(0, 2, 3, 1)
-        files = sorted((tmp_path / "images").glob("*/*"))
-        found = [read_image(file, (8, 8, channels), 12) for file in files]
-        assert np.array_equal(np.stack(found), expected)
+        large = Image.fromarray(pixels).resize((300, 190))
+        large.save(folder / "e.jpg", exif=struct.pack("<6s2sHIHHHIHxxI", b"Exif", b"II", 42, 8, 1,
+                                                      0x0112, 3, 1, 6, 0))  # fmt: skip
+    files = sorted((tmp_path / "images").glob("*/*"))
+    for channels, fit in itertools.product((1, 3), ("crop", "pad", "stretch")):
+        source = Source("image_folder", (8, 16), channels, fit, 0.2, 0.2, 0.2)
+        labelled = read_source(source, Data(str(tmp_path / "images"), 12, None, 200))
+        for number, file in enumerate(files):
+            found = read_image(file, source.shape, 12, fit).transpose(2, 0, 1)
+            assert np.array_equal(found, labelled.images[number]), (file, fit)
 
 
 def test_palette_and_one_bit_are_scaled_as_grey_is(tmp_path):
@@ -155,7 +160,7 @@ def test_a_turned_photo_is_upright_whatever_its_other_tags(tmp_path, tag):
     pixels[:, :20] = 255
     exif = b"Exif\0\0II*\0\x08\0\0\0" + content
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
-    picture = np.asarray(open_picture(tmp_path / "a.jpg", 1))
+    picture = np.asarray(open_picture(tmp_path / "a.jpg", (60, 40, 1)))
     assert picture.shape == (60, 40)
     assert picture[:15].min() > 200
     assert picture[25:].max() < 50
@@ -224,4 +229,74 @@ def test_without_pillow_the_remedy_is_named(tmp_path, monkeypatch):
     Image.fromarray(blank(8, 6)).save(tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(InputError, match=r"a\.png needs Pillow .*pip install pillow, or save"):
+        read_image(tmp_path / "a.png", GREY)
+
+
+def test_what_fit_does_to_another_shape(tmp_path):
+    """A bright bar at each end of a picture four times as wide as high."""
+    pixels = np.full((20, 80), 100, np.uint8)
+    pixels[:, :10] = pixels[:, -10:] = 250
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+
+    def read(fit, height=16, width=16):
+        return read_image(tmp_path / "a.png", (height, width, 1), 16, fit)[..., 0]
+
+    assert read("crop").max() < 120
+    assert read("stretch")[:, [0, -1]].min() > 240
+    padded = read("pad")
+    assert not padded[:5].any()
+    assert not padded[-5:].any()
+    assert padded[8, [0, -1]].min() > 240
+    assert np.array_equal(read("exact", 20, 80), pixels)
+    with pytest.raises(InputError, match=r"is 80x20, not 16x16; .*`fit: crop`, `pad` or `stretch`"):
+        read("exact")
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(tmp_path, turn, fit):
+    y, x = np.mgrid[:960, :1280]
+    pixels = (128 + 60 * np.sin(x / 90) + 60 * np.cos(y / 70)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    picture.save(tmp_path / "a.png", exif=exif)
+    shape = (48, 64, 1)
+    opened = open_picture(tmp_path / "a.jpg", shape, fit)
+    assert max(opened.size) <= 320
+    assert opened.info["size"] == ((1280, 960) if turn == 1 else (960, 1280))
+    close = read_image(tmp_path / "a.png", shape, 16, fit).astype(int)
+    found = read_image(tmp_path / "a.jpg", shape, 16, fit)
+    assert np.abs(found - close).mean() < 2
+
+
+def test_a_picture_above_the_limit_is_named_with_the_parameter(tmp_path):
+    Image.new("L", (2000, 1500)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png has 3 megapixels .*the 2 of data\.max_megap"):
+        read_image(tmp_path / "a.png", GREY, megapixels=2)
+
+
+def test_pillows_own_limit_does_not_count(tmp_path, monkeypatch):
+    """180 megapixels of a line scan are no attack; Pillow would refuse them."""
+    Image.new("L", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(tmp_path / "a.png", GREY).shape == GREY
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_rows_are_scaled_before_columns_whatever_pillow_prefers(tmp_path):
+    """Newer versions begin with the columns of high pictures, and round to other pixels."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 100), np.uint8))
+    noise.save(tmp_path / "a.png")
+    bicubic = Image.Resampling.BICUBIC
+    expected = noise.resize((48, 300), bicubic).resize((48, 32), bicubic)
+    found = read_image(tmp_path / "a.png", (32, 48, 1), 16, "stretch")
+    assert np.array_equal(found[..., 0], np.asarray(expected))
+
+
+def test_a_pillow_that_is_too_old_is_told(tmp_path, monkeypatch):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.delattr(Image, "Resampling")
+    with pytest.raises(InputError, match=r"needs Pillow 9\.1 or newer"):
         read_image(tmp_path / "a.png", GREY)

@@ -10,6 +10,7 @@ from edgeke.device.policy import Policy
 from edgeke.policy.candidates import fixed_sequences, propose
 from edgeke.policy.certify import certify
 from edgeke.policy.fit import FittedPolicy, fit_policy
+from edgeke.policy.samples import ExitLogits, one_of_each
 from edgeke.policy.tuning import tune
 
 MACS, MAIN, COSTS = (30, 60, 100), 100, (0.3, 0.6, 1.0)
@@ -127,3 +128,34 @@ def test_fitting_and_certifying_on_one_split_breaks_the_promise():
             )
     assert broken["own"] / draws <= allowed(delta, draws)
     assert broken["same"] > 2 * max(broken["own"], delta * draws)
+
+
+def test_promises_on_groups_hold_with_one_image_of_each_and_break_with_all():
+    """Parts of five photographs that show nearly the same: hard for all exits, or for none."""
+    shots, parts, delta, law = 5, 100, 0.1, 20_000
+    fitted, _ = fit_policy(draw(1000, 1), MACS, MAIN, settings())
+    pool = grouped(law, shots, seed=2)
+    truth = fitted.tuning.samples(pool)
+    error = {c.name: 1 - truth.correct_at(c.thresholds).mean() for c in fitted.candidates}
+    limit = error[fitted.sequences[0].candidates[-4].name] - 1e-9
+    random, broken = np.random.default_rng(0), {"one": 0, "all": 0}
+    for _ in range(DRAWS):
+        which = random.integers(0, law, parts)
+        groups = np.repeat(np.arange(parts), shots)
+        calibration = pool.at((which[:, None] * shots + np.arange(shots)).ravel())
+        for name, split in (("one", calibration.at(one_of_each(groups))), ("all", calibration)):
+            points = certify(fitted, split, settings()).points
+            broken[name] += any(
+                error[point.name] > limit and point.promised("max_error", delta, 2) <= limit
+                for point in points
+            )
+    assert broken["one"] / DRAWS <= allowed(delta)
+    assert broken["all"] / DRAWS > 1.5 * delta
+
+
+def grouped(parts: int, shots: int, seed: int) -> ExitLogits:
+    """Each part of `draw` photographed several times, with a little noise."""
+    one, random = draw(parts, seed), np.random.default_rng(seed)
+    logits = np.repeat(one.logits, shots, axis=1)
+    noise = random.normal(0, 0.3, logits.shape).astype(np.float32)
+    return ExitLogits(logits + noise, np.repeat(one.labels, shots))
