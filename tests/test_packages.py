@@ -1,6 +1,7 @@
 """Which package may import which, what a device needs, and what dvc.yaml must list."""
 
 import ast
+import dataclasses
 import re
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from toys import ROOT
+
+from edgeke.params import Data
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = tuple(PIPELINE["stages"])
@@ -98,7 +101,10 @@ def test_dvc_lists_the_parameters_that_a_stage_reads(stage):
         assert {"seed", "training", "optimisation", "augmentation"} <= set(listed)
         named = {"augmentation", "recipes.batch_size", "recipes.warmup"}
         assert {f"profile.{name}" for name in named} <= set(listed)
-    for name in read - {"plan", "profile_name", "data.path"}:
+    if "data" in read:  # the whole section: its path is a dependency instead
+        fields = {f"data.{field.name}" for field in dataclasses.fields(Data)}
+        assert fields - {"data.path"} <= set(listed)
+    for name in read - {"plan", "profile_name", "data", "data.path"}:
         assert any(f"{name}.".startswith(f"{section}.") for section in listed), name
 
 

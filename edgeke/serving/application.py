@@ -353,8 +353,8 @@ class _Picture(io.BytesIO):
 
 def _decode(body: bytes, classifier: Classifier) -> Any:
     shape = classifier.image_shape
-    picture = open_picture(_Picture(body), shape[2])  # type: ignore[arg-type]
-    return fit_picture(picture, shape, classifier.bits, "the picture")
+    picture = open_picture(_Picture(body), shape, classifier.fit)  # type: ignore[arg-type]
+    return fit_picture(picture, shape, classifier.bits, "the picture", classifier.fit)
 
 
 def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
