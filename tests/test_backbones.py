@@ -101,7 +101,7 @@ def test_solar(tmp_path, monkeypatch):
         """100 pictures of each class."""
         every = read_source(*arguments)
         few = np.sort(np.concatenate([np.flatnonzero(every.labels == n)[:100] for n in (0, 1)]))
-        images, labels = np.ascontiguousarray(every.images[few]), every.labels[few]
+        images, labels = np.stack([every.images[n] for n in few]), every.labels[few]
         names = tuple(every.names[number] for number in few)
         return dataclasses.replace(every, images=images, labels=labels, names=names, train=len(few))
 

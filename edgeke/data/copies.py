@@ -14,7 +14,7 @@ from edgeke.data.pixels import Pixels
 # Two pictures are near copies where their hashes differ in at most so many of 64 bits, and their
 # thumbnails correlate so well. Flat pictures have no hash worth comparing.
 _BITS, _ALIKE, _FLAT = 3, 0.98, 2.0
-_PAIRS = 2000  # compared per bucket at most, so that a set of one scene ends, too
+_PAIRS = 500  # compared per bucket at most, so that a set of one scene ends, too
 
 
 def fingerprints(images: Pixels) -> tuple[list[bytes], NDArray[np.float32]]:

@@ -60,6 +60,8 @@ def check_enough(listing: Listing, source: Source) -> None:
     Errors: InputError that names all such classes.
     """
     names, units = _to_cut(listing, source), _units(listing.groups)
+    places = np.asarray(listing.splits)
+    _check_complete(listing, {s: np.flatnonzero(places == s) for s in SPLITS if s in places})
     _counts(listing, listing.splits, names, source)
     _check_classes(listing, names, listing.labels, units, listing.splits)
 
@@ -114,8 +116,8 @@ def lasting_splits(
                 notes.append(f"class {escaped(name)}: a split had become empty, so all are new")
             wanted = [quotas[split][label] for split in names]
             places = _places([len(members[unit]) for unit in order], wanted)
-            row = [[*ordered, _END][place] for place in places]
-        classes[name] = row
+        # Of cuts whose pictures are gone the next ones that are there: they are known again.
+        classes[name] = [[*ordered, _END][place] for place in places]
         for place, unit in enumerate(order):
             where[unit] = [*names, "train"][sum(place >= p for p in places)]
     if names and cuts.classes and not lasting:

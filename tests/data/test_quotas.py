@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toys import replace
 
 from edgeke.data.listing import SPLITS, Listing
 from edgeke.data.quotas import Cuts, check_enough, lasting_splits
@@ -61,6 +62,26 @@ def test_a_picture_keeps_its_split_when_others_are_added_or_removed():
     assert 5 <= added.count("test") <= 35  # 18 of 90
     third, _, _ = split(listing([150, 180]), cuts=cuts)
     assert all(second[name] == where for name, where in third.items())
+
+
+def test_splits_outlast_the_pictures_that_they_began_with():
+    """A set from which the oldest pictures go as new ones come."""
+    before, cuts, _ = split(listing([200, 200]))
+    for year in range(1, 12):
+        given = listing([200 + 40 * year] * 2)
+        late = [i for i, name in enumerate(given.names) if int(name[2:-4]) >= 40 * year]
+        given = replace(
+            given,
+            files=tuple(given.files[i] for i in late),
+            names=tuple(given.names[i] for i in late),
+            labels=given.labels[late],
+            splits=("",) * len(late),
+            groups=("",) * len(late),
+        )
+        after, cuts, notes = split(given, cuts=cuts)
+        assert not notes
+        assert all(after[name] == where for name, where in before.items() if name in after)
+        before = after
 
 
 def test_without_the_file_most_pictures_stay_where_they_are():
@@ -129,3 +150,10 @@ def test_too_few_are_all_named_with_the_true_number():
         check_enough(listing([120, 24], shots=12), SOURCE)
     with pytest.raises(InputError, match=r"test = 120 images cannot be cut from 120"):
         check_enough(listing([60, 60]), Source("image_folder", 8, 1, "crop", 0.1, 0.2, 120))
+
+
+def test_a_class_that_a_given_split_lacks_is_named():
+    given = listing([20, 20])
+    splits = tuple("test" if n < 3 else "" for n in range(40))
+    with pytest.raises(InputError, match="split test has no image of class b"):
+        check_enough(replace(given, splits=splits), replace(SOURCE, source="csv"))
