@@ -1,6 +1,7 @@
 """A training that is killed goes on to the weights it would have had."""
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -109,13 +110,22 @@ def test_an_unusable_checkpoint_is_ignored_with_one_line(dataset, plan, capsys, 
 def test_what_a_killed_writer_left_goes_with_the_checkpoint(dataset, plan):
     train(dataset, with_recipe(plan, epochs=3), "parts", die_at=3)
     resume = ResumeFile("parts", plan=with_recipe(plan, epochs=3))
-    left, other = (
-        resume.path.with_name(f".{name}.67rdx5s8.tmp") for name in (resume.path.name, "other")
-    )
-    for path in (left, other):
+    left, young = (resume.path.with_name(f".{resume.path.name}.{end}.tmp") for end in "ab")
+    for path in (left, young):
         path.touch()
+    os.utime(left, (0, 0))
     resume.remove()
-    assert sorted(resume.path.parent.iterdir()) == [other]
+    assert list(resume.path.parent.iterdir()) == [young]  # somebody may be writing it
+
+
+def test_an_experiments_copy_keeps_its_checkpoints_in_the_repository(tmp_path, plan, monkeypatch):
+    """DVC deletes the copy, also when the run in it is stopped."""
+    copy = tmp_path / "project" / ".dvc" / "tmp" / "exps" / "tmpx" / "below"
+    (copy / ".dvc").mkdir(parents=True)
+    monkeypatch.setattr("edgeke.learning.resume.FOLDER", Path(".edgeke/checkpoints"))
+    monkeypatch.chdir(copy)
+    folder = tmp_path / "project" / ".edgeke" / "checkpoints"
+    assert ResumeFile("distill/0", plan=plan).path.parent == folder
 
 
 def test_a_killed_stage_goes_on_to_bit_identical_weights(dataset_file: Path):
