@@ -10,6 +10,7 @@ from edgeke import params
 from edgeke.errors import InputError
 from edgeke.files import write_json
 from edgeke.tracking.runs import Run, stage_run
+from stages._inputs import check_inputs, read_inputs
 
 Body = Callable[[params.Params, Run], dict[str, float]]
 
@@ -26,8 +27,12 @@ def entry(stage: str, body: Body) -> int:
     try:
         loaded = params.load()
         with stage_run(stage, loaded) as run:
+            inputs = read_inputs(stage, loaded)
             metrics = body(loaded, run)
+            check_inputs(stage, loaded, inputs)
             write_json(Path("results") / stage / "metrics.json", metrics)
+            for clean in run.cleanups:
+                clean()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -38,8 +38,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
         )
     rows = [{"branch": branch, **row} for branch, one in enumerate(trained) for row in one.rows()]
     write_table(Path("results/distill/history.csv"), rows)
-    for one in trained:
-        one.remove_checkpoints()
+    log.cleanups.extend(one.remove_checkpoints for one in trained)
     return branch_metrics(trained)
 
 

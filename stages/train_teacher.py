@@ -28,7 +28,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
         metrics=metrics,
     )
     write_table(Path("results/train_teacher/history.csv"), trained.rows())
-    trained.remove_checkpoints()
+    log.cleanups.append(trained.remove_checkpoints)
     return metrics
 
 

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from toys import ROOT, replace
 
 from edgeke import params
@@ -9,6 +10,9 @@ from edgeke.data.dataset import load_dataset, save_dataset
 from edgeke.data.sources import LabelledImages, read_source
 from edgeke.data.splits import SPLITS
 from edgeke.download import download
+from edgeke.files import write_json
+from edgeke.tracking.state import flatten
+from stages.download import kept_metrics
 
 DIGITS = params.load(ROOT / "params.yaml").profile.data
 
@@ -53,3 +57,22 @@ def test_copies_across_splits_and_classes_are_counted_and_named():
     _, _, notes = download(replace(labelled, names=names, notes=("first",)), source, "copies", 0)
     assert notes[0] == "first"
     assert "same pixels in more than one class: 1 (such as 0/2.png and 1/7.png)" in notes[2]
+
+
+def test_a_pulled_dataset_stays_where_its_images_were_not_pulled(
+    dataset_file: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(dataset_file.parents[1])
+    content = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"profile": "image_folder"}
+    loaded = params.parse(content)
+    write_json(Path("results/download/run.json"), {"params": flatten(loaded)})
+    write_json(Path("results/download/metrics.json"), {"train/images": 96})
+    (Path("data/source")).mkdir()
+    Path("data/source/README.md").touch()
+    assert kept_metrics(loaded) == {"train/images": 96}
+    assert (
+        "data/source holds no images, so data/dataset.safetensors stays" in capsys.readouterr().err
+    )
+    assert kept_metrics(params.parse(content | {"seed": 1})) is None
+    Path("data/source/bolts").mkdir()
+    assert kept_metrics(loaded) is None

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,7 @@ class Run:
         self.client: MlflowClient | None = None
         self.child = self.parent = ""  # ids
         self.failed, self._pause_until = False, 0.0
+        self.cleanups: list[Callable[[], None]] = []  # once the results count, not before
         self._life: FileLock | None = None  # held until the process ends, however it does
 
     def epoch(self, epoch: int, row: Mapping[str, float]) -> None:
