@@ -505,6 +505,11 @@ def _check_together(params: Params) -> None:
             f"kd.source = {params.kd.source}, but with order {order} the main exit is not there "
             "to supervise the others; use -S kd.source=teacher"
         )
+    if mixing.cutout >= params.profile.data.image_size:
+        raise InputError(
+            f"augmentation.cutout = {mixing.cutout} erases whole images of "
+            f"{params.profile.data.image_size} pixels; use a smaller square"
+        )
     frozen = "frozen" in (params.profile.teacher.trunk, params.profile.student.trunk)
     if frozen and (mixing.mixup or mixing.cutmix):
         raise InputError(

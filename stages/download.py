@@ -15,7 +15,9 @@ from stages._entry import entry
 
 def run(params: Params, log: Run) -> dict[str, float]:
     source = params.profile.data
-    if source.source == "image_folder" and (metrics := kept_metrics(params)):
+    if source.source not in ("digits", "cifar10", "cifar100", "elpv") and (
+        metrics := kept_metrics(params)
+    ):
         return metrics
     labelled = read_source(source, Path(params.data.path), params.data.bits)
     dataset, metrics, notes = download(labelled, source, params.profile_name, params.seed)

@@ -62,11 +62,14 @@ def train(dataset, plan, slot: str, die_at: int | None = None) -> Trained | None
     images = Images.of(dataset, torch.device("cpu"))
     with contextlib.suppress(KilledError):
         options = {"description": "toy", "on_epoch": on_epoch, "resume": resume}
-        return Trained(network, fit(network, CrossEntropy(), images, plan, **options), (resume,))
+        history = fit(network, CrossEntropy(), images, plan, **options)
+        return Trained(network, history, (resume,), len(history))
     return None
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "optimiser": "adamw"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"ema": 0.9, "optimiser": "adamw"}, {"patience": 3}], ids=str
+)
 def test_a_training_stopped_between_epochs_goes_on_alike(dataset, plan, changes):
     plan = with_recipe(plan, epochs=4, **changes)
     whole = train(dataset, plan, "whole")
@@ -100,7 +103,7 @@ def test_an_unusable_checkpoint_is_ignored_with_one_line(dataset, plan, capsys, 
     change(path)
     capsys.readouterr()
     parts = train(dataset, plan, "parts")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "ignored" in line]
     assert len(warnings) == 1
     assert warnings[0].startswith(f"warning: {path} is ignored: {reason}")
     assert warnings[0].endswith("parts starts again")
