@@ -55,10 +55,10 @@ def fit(
     Parameters with `requires_grad=False` stay as they are. Validation is only reported. With
     `patience` it ends training early, and the epoch with the least loss is kept. `names`, one for
     each exit of the network, stand in the rows' keys. Parameters of `trunk`, a part that starts
-    from good weights, learn at `trunk_rate`. With `resume`, the state of `root` (default: `network`)
-    is written to its file every few epochs and on SIGTERM, and the same call goes on from it: on
-    the CPU the result is bit-identical to an uninterrupted run. Errors: InputError when the batch
-    exceeds the split or the loss diverges; Stopped on SIGTERM.
+    from good weights, learn at `trunk_rate`. With `resume`, the state of `root` (default:
+    `network`) is written to its file every few epochs and on SIGTERM, and the same call goes on
+    from it: on the CPU the result is bit-identical to an uninterrupted run. Errors: InputError when
+    the batch exceeds the split or the loss diverges; Stopped on SIGTERM.
     """
     recipe, count, device = plan.recipe, len(images.train), images.device
     if recipe.batch_size > count:
