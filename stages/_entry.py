@@ -18,6 +18,16 @@ Body = Callable[[params.Params, Run], dict[str, float]]
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
+def check_code() -> None:
+    """Refuse to run another project's code in this folder. Errors: InputError."""
+    own, running = Path("stages/_entry.py"), Path(__file__)
+    if own.exists() and not own.samefile(running):
+        raise InputError(
+            f"the code that runs is that of {running.parents[1]}, not of this folder; unset "
+            "PYTHONPATH and PYTHONSAFEPATH, which put it first"
+        )
+
+
 def entry(stage: str, body: Body) -> int:
     """Run a stage and write `results/<stage>/metrics.json`; returns the exit status.
 
@@ -25,6 +35,7 @@ def entry(stage: str, body: Body) -> int:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: KILLED
     try:
+        check_code()
         loaded = params.load()
         with stage_run(stage, loaded) as run:
             inputs = read_inputs(stage, loaded)

@@ -91,6 +91,22 @@ def replace_in(name: str, old: str, new: str) -> None:
     Path(name).write_text(text.replace(old, new))
 
 
+def test_pythons_path_to_another_project_is_refused(folder):
+    (folder / "stages").mkdir()
+    shutil.copy(ROOT / "stages" / "_entry.py", folder / "stages")
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.download"],
+        env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"error: the code that runs is that of {ROOT}, not of this folder"
+    )
+
+
 def test_a_bug_keeps_its_traceback(folder):
     with pytest.raises(FileNotFoundError):
         entry("download", raising(FileNotFoundError(errno.ENOENT, "No such file", "a.json")))
