@@ -75,10 +75,10 @@ def distill(
 
 
 def branch_metrics(trained: Sequence[Trained]) -> dict[str, float]:
-    """The last epoch's metrics of all branches, such as `validation/branch_0/accuracy`."""
+    """The metrics of all branches' kept epochs, such as `validation/branch_0/accuracy`."""
     metrics: dict[str, float] = {}
     for branch, one in enumerate(trained):
-        metrics |= _named(one.history[-1], branch)
+        metrics |= _named(one.metrics, branch)
     return metrics
 
 

@@ -27,6 +27,32 @@ _FREE_SPACE = (
 )
 
 
+def repository() -> Path:
+    """The project's folder, the real one in a queued or `--temp` experiment too.
+
+    DVC runs those in copies below `.dvc/tmp/exps` of the project. `DVC_ROOT` counts only outside
+    of any project: of a pipeline that runs in a stage of another one it names the outer project.
+    """
+    here = Path.cwd()
+    project = next((path for path in (here, *here.parents) if (path / ".dvc").is_dir()), None)
+    if project is None:
+        return Path(os.environ.get("DVC_ROOT") or here).resolve()
+    names = project.parts
+    for index in range(len(names) - 2):
+        if names[index : index + 3] == (".dvc", "tmp", "exps"):
+            return Path(*names[:index])
+    return project
+
+
+def process_number() -> int:
+    """Which of the processes that train together this one is: 0 unless torchrun started it.
+
+    Other launchers set `RANK` and `WORLD_SIZE` for their own purposes; they count only beside
+    torchrun's mark.
+    """
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it to `path` only if the block succeeds.
@@ -39,7 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        if int(os.environ.get("RANK", "0")):
+        if process_number():
             return  # processes that train together have the same content: the first one writes
         with temporary.open("rb") as written:
             os.fsync(written.fileno())

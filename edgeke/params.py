@@ -537,6 +537,12 @@ def _check_together(params: Params) -> None:
             f"kd.source = {params.kd.source}, but with order {order} the main exit is not there "
             "to supervise the others; use -S kd.source=teacher"
         )
+    side = max(sides(params.profile.data.image_size))
+    if mixing.cutout >= side:
+        raise InputError(
+            f"augmentation.cutout = {mixing.cutout} erases whole images of {side} pixels; use a "
+            "smaller square"
+        )
     frozen = "frozen" in (params.profile.teacher.trunk, params.profile.student.trunk)
     if frozen and (mixing.mixup or mixing.cutmix):
         raise InputError(

@@ -134,7 +134,7 @@ def train_branchynet(
         train(0, network, view, objective, tuple(f"exit_{exit}" for exit in learn), features)
         history = [rows[epoch] for epoch in sorted(rows)]
         plain = network.branch(main) if main in learn else plain
-        return Trained(network.eval(), history, tuple(resumes)), plain.eval()
+        return Trained(network.eval(), history, tuple(resumes), len(history)), plain.eval()
     for number, phase in enumerate(order.phases):
         joint = len(phase.exits) > 1
         smoothing = plans[number].optimisation.label_smoothing
@@ -155,7 +155,7 @@ def train_branchynet(
             alone = make_objective(kd, teacher, joint=True, label_smoothing=smoothing)
             train(number, plain, plain, alone, ("plain",))
     history = [rows[epoch] for epoch in sorted(rows)]
-    return Trained(network.eval(), history, tuple(resumes)), plain.eval()
+    return Trained(network.eval(), history, tuple(resumes), len(history)), plain.eval()
 
 
 def _only_heads(network: BranchyNet, order: Order, plans: Sequence[Plan]) -> bool:

@@ -16,13 +16,14 @@ from stages._entry import entry
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
     start, kd = params.profile.student, params.kd
+    trained_on = Preprocessing.of(normalised_for(params.profile.teacher, dataset))
     dataset = normalised_for(start, dataset)
     preprocessing = Preprocessing.of(dataset)
     plan = params.plan(params.profile.recipes.distill)
     student = student_architecture(start, params.branchynet.layout, dataset)
     teacher = None
     if kd.distance != "none":
-        teacher = load_teacher(Path("models/teacher"), preprocessing)
+        teacher = load_teacher(Path("models/teacher"), preprocessing, trained_on)
     trained = distill(dataset, student, teacher, kd, plan, start=start, on_epoch=log.epoch)
     folder, numbers = Path("models/branches"), [str(branch) for branch in range(len(trained))]
     for file in folder.glob("*.*"):  # DVC versions the whole folder
@@ -34,12 +35,11 @@ def run(params: Params, log: Run) -> dict[str, float]:
             folder / str(branch),
             preprocessing=preprocessing,
             params={"plan": plan, "kd": kd},
-            metrics=one.history[-1],
+            metrics=one.metrics,
         )
     rows = [{"branch": branch, **row} for branch, one in enumerate(trained) for row in one.rows()]
     write_table(Path("results/distill/history.csv"), rows)
-    for one in trained:
-        one.remove_checkpoints()
+    log.cleanups.extend(one.remove_checkpoints for one in trained)
     return branch_metrics(trained)
 
 

@@ -24,6 +24,7 @@ from stages._entry import entry
 def run(params: Params, log: Run) -> dict[str, float]:
     start = params.profile.student
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
+    trained_on = Preprocessing.of(normalised_for(params.profile.teacher, dataset))
     dataset = normalised_for(start, dataset)
     preprocessing, cpu = Preprocessing.of(dataset), torch.device("cpu")
     recipe, kd, settings = params.profile.recipes.train_branchynet, params.kd, params.branchynet
@@ -37,7 +38,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
     }
     teacher = None
     if kd.distance != "none":
-        teacher = load_teacher(Path("models/teacher"), preprocessing)
+        teacher = load_teacher(Path("models/teacher"), preprocessing, trained_on)
     trained, plain = train_branchynet(
         dataset,
         student,
@@ -62,7 +63,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
             metrics=metrics,
         )
     write_table(Path("results/train_branchynet/history.csv"), trained.rows())
-    trained.remove_checkpoints()
+    log.cleanups.append(trained.remove_checkpoints)
     return metrics
 
 

@@ -19,7 +19,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
     dataset = normalised_for(params.profile.teacher, dataset)
     plan = params.plan(params.profile.recipes.train_teacher)
     trained = train_teacher(dataset, params.profile.teacher, plan, on_epoch=log.epoch)
-    metrics = trained.history[-1]
+    metrics = trained.metrics
     save_checkpoint(
         trained.network,
         Path("models/teacher"),
@@ -28,7 +28,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
         metrics=metrics,
     )
     write_table(Path("results/train_teacher/history.csv"), trained.rows())
-    trained.remove_checkpoints()
+    log.cleanups.append(trained.remove_checkpoints)
     return metrics
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from toys import ROOT, replace
 
@@ -18,7 +19,10 @@ from edgeke.data.sources import LabelledImages, read_source
 from edgeke.data.splits import SPLITS
 from edgeke.download import download
 from edgeke.errors import InputError
+from edgeke.files import write_json
 from edgeke.params import Data, Group, Source
+from edgeke.tracking.state import flatten
+from stages.download import kept_metrics
 
 DIGITS = params.load(ROOT / "params.yaml").profile.data
 DATA = Data("nowhere", 16, None, 200)
@@ -202,3 +206,22 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path):
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )
     assert float(done.stdout) < 40
+
+
+def test_a_pulled_dataset_stays_where_its_images_were_not_pulled(
+    dataset_file: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(dataset_file.parents[1])
+    content = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"profile": "image_folder"}
+    loaded = params.parse(content)
+    write_json(Path("results/download/run.json"), {"params": flatten(loaded)})
+    write_json(Path("results/download/metrics.json"), {"train/images": 96})
+    (Path("data/source")).mkdir()
+    Path("data/source/README.md").touch()
+    assert kept_metrics(loaded) == {"train/images": 96}
+    assert (
+        "data/source holds no images, so data/dataset.safetensors stays" in capsys.readouterr().err
+    )
+    assert kept_metrics(params.parse(content | {"seed": 1})) is None
+    Path("data/source/bolts").mkdir()
+    assert kept_metrics(loaded) is None

@@ -5,6 +5,35 @@ import pytest
 
 from edgeke import files
 from edgeke.errors import InputError
+from edgeke.learning import parallel
+
+
+@pytest.mark.parametrize("rank", ["1", "node-7"])
+def test_another_launchers_rank_silences_nothing(tmp_path, monkeypatch, rank):
+    """Slurm's and MPI's wrappers export RANK, too; only torchrun's means that others write."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    files.write_text(tmp_path / "a", "written")
+    assert (tmp_path / "a").read_text() == "written"
+    assert parallel.world_size() == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "1")
+    files.write_text(tmp_path / "b", "the first process writes it")
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_repository_is_the_project_around_the_working_folder(tmp_path, monkeypatch):
+    outer, inner = tmp_path / "outer", tmp_path / "outer" / "edgeke"
+    copy = inner / ".dvc" / "tmp" / "exps" / "tmpx" / "edgeke"
+    for folder in (outer, inner, copy):
+        (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("DVC_ROOT", str(outer))  # which runs the inner one in a stage of its own
+    for folder in (inner, copy):
+        monkeypatch.chdir(folder)
+        assert files.repository() == inner
+    monkeypatch.chdir(tmp_path)
+    assert files.repository() == outer
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):

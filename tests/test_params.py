@@ -37,6 +37,7 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
     ("key", "value", "words"),
     [
         ("kd.beta", 1.5, ["kd.beta = 1.5", "less than or equal to 1"]),
+        ("augmentation.cutout", 16, ["augmentation.cutout = 16", "use a smaller square"]),
         ("kd.beta", True, ["kd.beta = true", "number"]),
         ("kd.beta", float("nan"), ["kd.beta = NaN", "finite"]),
         ("kd.beta", 10**400, ["kd.beta = 1000", "...", "number"]),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from edgeke.learning.fit import OnEpoch, fit
+from edgeke.learning.fit import OnEpoch, fit, kept_epoch
 from edgeke.learning.frozen import keep_statistics
 from edgeke.learning.frozen_trunk import Features
 from edgeke.learning.images import Images
@@ -54,4 +54,4 @@ def train_alone(
         resume=resume,
         trunk=network.backbone if started else None,
     )
-    return Trained(network, history, (resume,))
+    return Trained(network, history, (resume,), kept_epoch(history, plan))

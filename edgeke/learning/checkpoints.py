@@ -90,24 +90,38 @@ def load_checkpoint(
             f"{weights} is truncated or not the checkpoint its JSON describes ({reason}); delete "
             "both and run `dvc repro`"
         ) from error
-    if expected not in (None, preprocessing):
+    if expected is not None and expected != preprocessing:
         raise InputError(
-            f"{weights} was trained on images of other classes, shape or normalisation than "
-            "data/dataset.safetensors has; run `dvc repro`, or copy both from one machine"
+            f"{weights} was trained on other images than data/dataset.safetensors has: "
+            f"{_differences(preprocessing, expected)}; run `dvc repro`, or copy both from one "
+            "machine"
         )
     return network.to(device).eval(), preprocessing
 
 
-def load_teacher(path: Path, student: Preprocessing) -> BranchyNet:
+def _differences(one: Preprocessing, other: Preprocessing) -> str:
+    """What differs, in words: `classes cat, dog instead of dog, cat`."""
+
+    def words(value: object) -> str:
+        values = value if isinstance(value, tuple) else (value,)
+        text = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+        return text if len(text) < 100 else f"{text[:90]}..."
+
+    return "; ".join(
+        f"{field.name} {words(first)} instead of {words(second)}"
+        for field in dataclasses.fields(Preprocessing)
+        if (first := getattr(one, field.name)) != (second := getattr(other, field.name))
+    )
+
+
+def load_teacher(path: Path, student: Preprocessing, expected: Preprocessing) -> BranchyNet:
     """Read the teacher so that it takes images normalised for the student.
 
-    Their mean and deviation differ where only one of the two starts from pretrained weights.
-    Errors: InputError as `load_checkpoint`.
+    `expected` is what it must have been trained with: the dataset's, with the mean and deviation of
+    its start weights where it has any. They differ from the student's where only one of the two
+    starts from pretrained weights. Errors: InputError as `load_checkpoint`.
     """
     cpu = torch.device("cpu")
-    own = read_json(path.with_suffix(".json")).get("preprocessing", {})
-    mean, std = (tuple(own.get(key, ())) for key in ("mean", "std"))
-    expected = dataclasses.replace(student, mean=mean, std=std)
     teacher, _ = load_checkpoint(path, cpu, expected)
     if expected == student:
         return teacher

@@ -2,12 +2,13 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from edgeke.data.augment import Augment
@@ -30,6 +31,8 @@ from edgeke.params import Optimisation, Plan
 # One row an epoch: {"train/loss": ..., "validation/accuracy": ..., ...}
 History = list[dict[str, float]]
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 # Called with the epoch, counted from 1, and its row.
 OnEpoch = Callable[[int, dict[str, float]], None]
 
@@ -49,13 +52,13 @@ def fit(
 ) -> History:
     """Train `network` in place on the objective; the last epoch's weights (or their EMA) are kept.
 
-    Parameters with `requires_grad=False` stay as they are. Nothing is selected: validation is only
-    reported, and ends training early where `patience` says so. `names`, one for each exit of the
-    network, stand in the rows' keys. Parameters of `trunk`, a part that starts from good weights,
-    learn at `trunk_rate`. With `resume`, the state of `root` (default: `network`) is
-    written to its file every few epochs and on SIGTERM, and the same call goes on from it: on the
-    CPU the result is bit-identical to an uninterrupted run. Errors: InputError when the batch
-    exceeds the split or the loss diverges; Stopped on SIGTERM.
+    Parameters with `requires_grad=False` stay as they are. Validation is only reported. With
+    `patience` it ends training early, and the epoch with the least loss is kept. `names`, one for
+    each exit of the network, stand in the rows' keys. Parameters of `trunk`, a part that starts
+    from good weights, learn at `trunk_rate`. With `resume`, the state of `root` (default:
+    `network`) is written to its file every few epochs and on SIGTERM, and the same call goes on
+    from it: on the CPU the result is bit-identical to an uninterrupted run. Errors: InputError when
+    the batch exceeds the split or the loss diverges; Stopped on SIGTERM.
     """
     recipe, count, device = plan.recipe, len(images.train), images.device
     if recipe.batch_size > count:
@@ -103,8 +106,24 @@ def fit(
             due = training.epoch % plan.training.checkpoint_every == 0
             if resume and (due or training.finished()):
                 resume.save(training.progress(), training.state())
-    training.keep_average()
+    training.keep()
+    if parallel.first_process():
+        for line in training.remarks():
+            print(f"{line.format(description)}", file=sys.stderr)
     return training.history
+
+
+def kept_epoch(history: History, plan: Plan, names: tuple[str, ...] | None = None) -> int:
+    """Whose weights a training keeps: the last epoch's, with `patience` those of the least loss.
+
+    With several exits, the last one's loss decides.
+    """
+    if plan.optimisation.patience is None:
+        return len(history)
+    losses = [
+        row[f"validation/{names[-1] if names else ''}/loss".replace("//", "/")] for row in history
+    ]
+    return 1 + losses.index(min(losses))
 
 
 class _Training:
@@ -127,6 +146,7 @@ class _Training:
         self.history: History = []
         self.optimiser = make_optimiser(network, plan.optimisation, trunk)
         self.average = _moving_average(network, plan.optimisation.ema)
+        self.best: dict[str, Tensor] = {}  # with patience, the weights of the epoch that is kept
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.order = torch.zeros(0, dtype=torch.int64)  # of the images in this epoch
         self.sums = torch.zeros(0)  # of the loss and of every exit's accuracy in this epoch
@@ -174,28 +194,66 @@ class _Training:
         names = [f"train/{name}/" for name in self.names] if self.names else ["train/"]
         row = {f"{names[0]}loss" if len(names) == 1 else "train/loss": loss}
         row |= {f"{name}accuracy": value for name, value in zip(names, accuracies, strict=True)}
-        kept = self.average.module if self.average is not None else self.network
-        row |= evaluate(kept, self.images, self.names)
+        row |= evaluate(self._latest(), self.images, self.names)
         # The first process's row, so that all agree on when to stop.
         row = dict(json.loads(parallel.from_first(json.dumps(row).encode())))
         self.epoch, self.step = self.epoch + 1, 0
         self.history.append(row)
+        if self.plan.optimisation.patience is not None and self._kept() == self.epoch:
+            state = self._latest().state_dict()
+            self.best = {name: tensor.detach().clone() for name, tensor in state.items()}
         return row
 
     def finished(self) -> bool:
-        """Whether all epochs are done, or validation loss has not fallen for `patience` epochs."""
-        if self.epoch == self.plan.recipe.epochs:
-            return True
-        patience, last = self.plan.optimisation.patience, f"{self.names[-1]}/" if self.names else ""
-        if patience is None or self.epoch <= patience:
-            return False
-        losses = [row[f"validation/{last}loss"] for row in self.history]
-        return min(losses[-patience:]) >= min(losses[:-patience])
+        """Whether all epochs are done, or validation loss has not fallen for `patience` epochs.
 
-    def keep_average(self) -> None:
-        """Give the network the moving average's weights, where there is one."""
-        if self.average is not None:
+        Those in which the rate rises do not count: the loss need not fall there.
+        """
+        recipe, patience = self.plan.recipe, self.plan.optimisation.patience
+        if self.epoch == recipe.epochs:
+            return True
+        if patience is None or not self.epoch:
+            return False
+        risen = math.ceil(recipe.warmup * recipe.epochs)
+        return self.epoch - max(self._kept(), risen) >= patience
+
+    def keep(self) -> None:
+        """Give the network the weights that are kept: the best, averaged or latest ones."""
+        if self.best:
+            self.network.load_state_dict(self.best)
+        elif self.average is not None:
             self.network.load_state_dict(self.average.module.state_dict())
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the training that `{}` stands for."""
+        lines, kept, recipe = [], self._kept(), self.plan.recipe
+        if self.epoch < recipe.epochs:
+            lines.append(
+                f"note: {{}} ended early, after epoch {self.epoch} of {recipe.epochs}: validation "
+                f"loss had not fallen for {self.plan.optimisation.patience} epochs; epoch {kept} "
+                "is kept"
+            )
+        elif kept < self.epoch:
+            lines.append(f"note: of {{}} epoch {kept} of {self.epoch} is kept, with the least loss")
+        labels = self.images.validation_labels
+        commonest = float(torch.bincount(labels).max()) / len(labels)
+        # What chance may add to it; with one class in most images the measure is too coarse.
+        spread = math.sqrt(commonest * (1 - commonest) / len(labels)) if commonest <= 0.5 else 0.0
+        for name in self.names or ("",):
+            accuracy = self.history[kept - 1][f"validation/{name}/accuracy".replace("//", "/")]
+            if accuracy <= commonest + 2 * spread:
+                lines.append(
+                    f"warning: {name or '{}'} has {accuracy:.1%} of validation right, no better "
+                    f"than answering always the commonest class ({commonest:.1%}); look at its "
+                    "curve in results/, and at learning_rate, epochs and optimisation"
+                )
+        return lines
+
+    def _kept(self) -> int:
+        return kept_epoch(self.history, self.plan, self.names)
+
+    def _latest(self) -> nn.Module:
+        return self.average.module if self.average is not None else self.network
 
     def progress(self) -> Progress:
         return Progress(self.epoch, self.step, self.history)
@@ -207,6 +265,7 @@ class _Training:
         if self.average is not None:
             average = self.average.state_dict()
             state |= {f"average.{name}": tensor for name, tensor in average.items()}
+        state |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         generator = self.generator.get_state()
         return state | {"generator": generator, "order": self.order, "sums": self.sums}
 
@@ -225,6 +284,7 @@ class _Training:
         load_optimiser(self.optimiser, tensors)
         if self.average is not None:
             self.average.load_state_dict(part("average.", tensors))
+        self.best = part("best.", tensors)
         self.generator.set_state(tensors["generator"])
         self.order = tensors["order"].to(self.images.train.device)
         self.sums = tensors["sums"].to(self.images.device)
@@ -261,7 +321,19 @@ def make_optimiser(
 def _moving_average(network: nn.Module, decay: float) -> AveragedModel | None:
     if not decay:
         return None
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    def average(means: Tensors, values: Tensors, count: Tensor | int) -> None:
+        # Ten steps at first and more with time: else a training shorter than the decay's memory
+        # would keep the weights of its beginning.
+        share = 1 - torch.clamp(
+            (1 + torch.as_tensor(count)) / (10 + torch.as_tensor(count)), max=decay
+        )
+        for mean, value in zip(means, values, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value.to(mean.dtype), share.to(mean))
+            else:
+                mean.copy_(value)
+
     return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
 
 

@@ -11,24 +11,25 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from edgeke.errors import InputError
+from edgeke.files import process_number
 
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def world_size() -> int:
     """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def first_process() -> bool:
     """Whether this process alone writes files, logs and prints."""
-    return _rank() == 0
+    return process_number() == 0
 
 
 def local_device() -> torch.device:
     """This process's GPU where there is one, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0)
     return torch.device("cpu")
 
 
@@ -65,7 +66,7 @@ def wrap(network: nn.Module) -> nn.Module:
 
 def share(batch: Tensor) -> Tensor:
     """This process's part of a global batch: every size-th image."""
-    return batch[_rank() :: world_size()]
+    return batch[process_number() :: world_size()]
 
 
 def mean(values: Tensor) -> Tensor:
@@ -91,7 +92,3 @@ def from_first(content: bytes) -> bytes:
     buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
     distributed.broadcast(buffer, 0)
     return buffer.cpu().numpy().tobytes()
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

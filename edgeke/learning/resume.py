@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -18,10 +18,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from edgeke.errors import InputError
-from edgeke.files import write_bytes
+from edgeke.files import process_number, repository, write_bytes
 from edgeke.learning.parallel import first_process, from_first
 
-FOLDER = Path(".edgeke/checkpoints")
+FOLDER = Path(".edgeke/checkpoints")  # of the repository: DVC deletes copies with what is in them
+_ABANDONED = 3600  # seconds after which a file that nobody finished has no writer any more
 
 # What in the package `edgeke` computes weights.
 _CODE = ("data", "learning", "networks", "train_teacher.py", "distill.py", "train_branchynet.py")
@@ -41,7 +42,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class ResumeFile:
-    """One file below `.edgeke/checkpoints`, outside DVC's outs, named by stage and key.
+    """A file in the repository's `.edgeke/checkpoints`, outside DVC's outs, named by stage and key.
 
     The key is a hash of everything the weights depend on: what the caller names (parameters, data,
     teacher), our code and the version of torch. A state of other parameters or other code is
@@ -53,7 +54,7 @@ class ResumeFile:
         depends_on |= {"code": code_hash(), "torch": torch.__version__}
         text = json.dumps(depends_on, sort_keys=True, default=_plain)
         self.slot, self.key = slot, hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.path = FOLDER / f"{slot.replace('/', '-')}-{self.key}.safetensors"
+        self.path = repository() / FOLDER / f"{slot.replace('/', '-')}-{self.key}.safetensors"
 
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         """Write the state atomically."""
@@ -69,7 +70,7 @@ class ResumeFile:
         """
         if from_first(self.key.encode()) != self.key.encode():
             raise InputError(
-                f"process {os.environ['RANK']} has other parameters, code, data or models for "
+                f"process {process_number()} has other parameters, code, data or models for "
                 f"{self.slot} than process 0; give every machine the same copy of the project, "
                 "data/ and models/ included"
             )
@@ -93,11 +94,15 @@ class ResumeFile:
     def remove(self) -> None:
         """Delete the file: the stage has written its result.
 
-        And what processes left that were killed while they wrote it.
+        So are files that processes left which were killed while they wrote them; a young one may be
+        another experiment's, which is being written.
         """
         if first_process():  # which alone writes results
-            for path in (self.path, *self.path.parent.glob(f".{self.path.name}.*.tmp")):
-                path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
+            for path in self.path.parent.glob(".*.tmp"):
+                with suppress(FileNotFoundError):
+                    if path.stat().st_mtime < time.time() - _ABANDONED:
+                        path.unlink()
 
 
 @cache

@@ -20,7 +20,7 @@ def certify(fitted: FittedPolicy, calibration: ExitLogits, settings: Calibrate) 
     A requirement that cannot be met is recorded as such, with the nearest that can. The default is
     the cheapest point that keeps all quality requirements (`max_degradation`, `min_accuracy`) at
     once; without any it is the point of the first `max_cost`. Where there is no such point, it is
-    `full`.
+    `full`, or the most accurate on validation where `full` is clearly worse there.
     """
     samples = fitted.tuning.samples(calibration)
     evidence: dict[tuple[float, ...], list[Evidence]] = {}
@@ -107,5 +107,11 @@ def _default(policy: Policy, results: Sequence[RequirementResult]) -> str:
         return point.promised("max_degradation", result.delta, cap) <= result.bound + 1e-12
 
     kept = [p for p in policy.points if all(keeps(p, result) for result in quality)]
-    cheapest = min(kept, key=lambda p: p.expected_cost(costs), default=policy.point("full"))
-    return cheapest.name
+    if kept:
+        return min(kept, key=lambda p: p.expected_cost(costs)).name
+    full = policy.point("full")
+    if not any(item.cap == cap and item.wrong is None for item in full.evidence):
+        return full.name
+    # It is clearly worse on validation than a cheaper point, so its error was not tested.
+    best = max(policy.points, key=lambda p: (p.validation_accuracy, -p.expected_cost(costs)))
+    return best.name

@@ -17,6 +17,7 @@ from edgeke.device.bundle import find_bundle
 from edgeke.device.classifier import Classifier
 from edgeke.errors import InputError
 from edgeke.tracking.state import Record
+from edgeke.tracking.store import locked
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -43,14 +44,15 @@ def log_model(client: "MlflowClient", record: Record, parent: "Run") -> None:
     A file that is registered already is not stored again. Errors: InputError when models/ holds
     another file now; whatever MLflow raises.
     """
-    if digest(_MODELS) != record.model:
+    if record.model is None or digest(_MODELS) != record.model:
         raise InputError(f"{_MODELS} does not hold the file that was evaluated: `dvc checkout` it")
     bundle = find_bundle(_MODELS)
     name = f"{record.experiment}-{record.tags['profile']}"  # its versions can replace each other
-    same = client.search_model_versions(f"name = '{name}' and tags.`{FILE}` = '{record.model}'")
-    number = str(same[0].version if same else _register(client, parent, bundle.model, name))
-    tags = {FILE: record.model, **promotion_tags(record, bundle.precision or "fp32")}
-    for key, value in tags.items():
+    with locked():  # of two workers with one file the second finds what the first registered
+        same = client.search_model_versions(f"name = '{name}' and tags.`{FILE}` = '{record.model}'")
+        number = str(same[0].version if same else _register(client, parent, bundle.model, name))
+        client.set_model_version_tag(name, number, FILE, record.model)
+    for key, value in promotion_tags(record, bundle.precision or "fp32").items():
         client.set_model_version_tag(name, number, key, str(value))
     for key, value in {MODEL: f"{name}/{number}", FILE: record.model}.items():
         client.set_tag(parent.info.run_id, key, value)

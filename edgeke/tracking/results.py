@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path("results")
 STATE = "edgeke.state"  # tag of a parent: a hash of the content and the DVC experiment's name
-_EXECUTION = "edgeke.execution"  # tag of a child: the id of its record
+EXECUTION = "edgeke.execution"  # tag of a child: the id of its record
 
 Curve = dict[tuple[str, int], float]  # by metric and step
 
@@ -46,7 +46,7 @@ def log_results(client: "MlflowClient") -> None:
 def log_stage(client: "MlflowClient", record: Record) -> "Run":
     """A stage's run, complete with what is in `results/<stage>/`; a deleted one stays deleted."""
     experiment = open_experiment(client, record.experiment)
-    child = _find(client, experiment, _EXECUTION, record.id, deleted=True)
+    child = find(client, experiment, EXECUTION, record.id, deleted=True)
     if child and (child.info.status == "FINISHED" or child.info.lifecycle_stage == "deleted"):
         return child
     child = child or create_child(client, record)
@@ -66,14 +66,14 @@ def create_child(client: "MlflowClient", record: Record) -> "Run":
 
     with locked():  # of two processes the second finds the parent that the first makes
         experiment = open_experiment(client, record.experiment)
-        parent = _find(client, experiment, STATE, record.state, deleted=False)
+        parent = find(client, experiment, STATE, record.state, deleted=False)
         if parent is None:
             own = {key: value for key, value in record.tags.items() if key != PROCESS}
             own[STATE] = record.state
             parent = client.create_run(experiment, record.started, own, record.name)
             values = [Param(key, value) for key, value in record.params.items()]
-            client.log_batch(parent.info.run_id, params=values, synchronous=True)
-    tags = {"edgeke.stage": record.stage, _EXECUTION: record.id, PARENT: parent.info.run_id}
+            client.log_batch(parent.info.run_id, params=values)
+    tags = {"edgeke.stage": record.stage, EXECUTION: record.id, PARENT: parent.info.run_id}
     return client.create_run(experiment, record.started, record.tags | tags, record.stage)
 
 
@@ -120,7 +120,7 @@ def _log_missing(
         for (key, step), value in points.items()
         if (key, step, value) not in there
     ]
-    client.log_batch(run.info.run_id, metrics=metrics, synchronous=True)
+    client.log_batch(run.info.run_id, metrics=metrics)
 
 
 def _read_history(path: Path) -> Curve:
@@ -130,7 +130,7 @@ def _read_history(path: Path) -> Curve:
     """
     curve: Curve = {}
     if path.exists():
-        with path.open(newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 epoch, branch = int(row.pop("epoch")), row.pop("branch", None)
                 for key, value in row.items():
@@ -148,7 +148,7 @@ def _read_record(path: Path) -> Record:
         raise InputError(f"{path} is no record of a run; delete it and run `dvc repro`") from None
 
 
-def _find(
+def find(
     client: "MlflowClient", experiment: str, tag: str, value: str, deleted: bool
 ) -> "Run | None":
     """The newest run with a tag, or None; with `deleted` also one that was deleted in the UI."""

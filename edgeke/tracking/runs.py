@@ -2,23 +2,37 @@
 
 import contextlib
 import os
-import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeke.errors import InputError
-from edgeke.files import write_json
+from edgeke.files import process_number, repository, write_json
 from edgeke.params import Params
-from edgeke.tracking.results import RESULTS, create_child, log_results, log_stage, metric_name
-from edgeke.tracking.state import PARENT, PROCESS, Record
-from edgeke.tracking.store import connected, is_installed, open_experiment, refusal, store_uri
+from edgeke.tracking.results import (
+    EXECUTION,
+    RESULTS,
+    create_child,
+    find,
+    log_results,
+    log_stage,
+    metric_name,
+)
+from edgeke.tracking.state import PARENT, Record
+from edgeke.tracking.store import (
+    connected,
+    is_installed,
+    locked,
+    open_experiment,
+    refusal,
+    store_uri,
+)
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run as MlflowRun
+    from filelock import FileLock
 
     from mlflow import MlflowClient
 
@@ -34,6 +48,8 @@ class Run:
         self.client: MlflowClient | None = None
         self.child = self.parent = ""  # ids
         self.failed, self._pause_until = False, 0.0
+        self.cleanups: list[Callable[[], None]] = []  # once the results count, not before
+        self._life: FileLock | None = None  # held until the process ends, however it does
 
     def epoch(self, epoch: int, row: Mapping[str, float]) -> None:
         """Log one row of a training curve."""
@@ -44,7 +60,7 @@ class Run:
         now = int(time.time() * 1000)
         metrics = [Metric(metric_name(k), float(v), now, epoch) for k, v in row.items()]
         with self.attempt():
-            self.client.log_batch(self.child, metrics=metrics, synchronous=True)
+            self.client.log_batch(self.child, metrics=metrics)
 
     def headline(self, metrics: Mapping[str, float]) -> None:
         """The metrics that pipelines are compared by, for the parent run; the last stage's."""
@@ -60,6 +76,7 @@ class Run:
         """Make the stage's run, after those of dead processes are ended. Errors: InputError."""
         with connected() as client:
             end_dead_runs(client, open_experiment(client, self.record.experiment))
+            self._live()
             child = create_child(client, self.record)
             self.child, self.parent = child.info.run_id, child.data.tags[PARENT]
             client.update_run(self.parent, status="RUNNING")
@@ -72,6 +89,7 @@ class Run:
                 log_results(client)
             else:
                 log_stage(client, self.record)
+            self._forget()
             if self.failed:
                 _tell("the tracking store answers again: this stage is logged, too")
 
@@ -81,6 +99,22 @@ class Run:
             with contextlib.suppress(Exception):  # the next stage marks them, then
                 for run in (self.child, self.parent):
                     self.client.set_terminated(run, status)
+                self._forget()
+
+    def _live(self) -> None:
+        """Hold a lock that the system frees when this process is gone."""
+        from filelock import FileLock
+
+        with locked():
+            _running().mkdir(parents=True, exist_ok=True)
+            self._life = FileLock(_running() / self.record.id)
+            self._life.acquire(timeout=0)
+
+    def _forget(self) -> None:
+        """The run has its last status: nobody needs to ask whether it is alive."""
+        if self._life is not None:
+            Path(self._life.lock_file).unlink(missing_ok=True)
+            self._life.release()
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -108,7 +142,7 @@ def stage_run(stage: str, params: Params) -> Iterator[Run]:
     """
     record = Record.start(stage, params)
     run = Run(record)
-    first = not int(os.environ.get("RANK", "0"))  # of the processes that train together
+    first = process_number() == 0  # of the processes that train together
     tracked = params.tracking.enabled and first and is_installed()
     if tracked and params.tracking.on_failure == "warn":
         with run.attempt():
@@ -134,29 +168,36 @@ def stage_run(stage: str, params: Params) -> Iterator[Run]:
 
 
 def end_dead_runs(client: "MlflowClient", experiment: str) -> int:
-    """Mark stages' runs whose process is gone (kill -9, power cut) as killed; returns how many."""
-    running = client.search_runs([experiment], "attributes.status = 'RUNNING'")
-    dead = [run for run in running if _is_dead(run)]
-    for run in dead:
-        client.set_tag(run.info.run_id, "edgeke.killed", "its process was gone")
-        for one in (run.info.run_id, run.data.tags[PARENT]):
-            client.set_terminated(one, "KILLED")
-    return len(dead)
+    """Mark this repository's runs whose process is gone (kill -9, power cut) as killed.
+
+    Returns how many. A process that lives holds the lock of its run, in whatever container it is;
+    host names and process numbers would not tell two containers apart.
+    """
+    from filelock import FileLock, Timeout
+
+    ended = 0
+    with locked():
+        for file in _running().glob("*"):
+            try:
+                with FileLock(file).acquire(timeout=0):
+                    pass
+            except Timeout:
+                continue
+            run = find(client, experiment, EXECUTION, file.name, deleted=True)
+            if run is None:
+                continue  # of another experiment or store
+            if run.info.status == "RUNNING":
+                client.set_tag(run.info.run_id, "edgeke.killed", "its process was gone")
+                for one in (run.info.run_id, run.data.tags[PARENT]):
+                    client.set_terminated(one, "KILLED")
+                ended += 1
+            file.unlink(missing_ok=True)
+    return ended
 
 
-def _is_dead(run: "MlflowRun") -> bool:
-    """Whether a stage's process is gone; processes of other hosts are assumed alive."""
-    import psutil
-
-    host, _, number = run.data.tags.get(PROCESS, "").rpartition(" ")
-    if host != platform.node():
-        return False
-    try:
-        # A process that is younger than the run was given the number of one that is gone. The
-        # system's clock gives its start to a second.
-        return bool(psutil.Process(int(number)).create_time() > run.info.start_time / 1000 + 2)
-    except psutil.NoSuchProcess:
-        return True
+def _running() -> Path:
+    """The folder of the locks, named as the executions of stages."""
+    return repository() / ".edgeke" / "running"
 
 
 @contextlib.contextmanager

@@ -5,25 +5,30 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 import uuid
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeke.files import repository
 from edgeke.params import Params
 
 PARENT = "mlflow.parentRunId"
-PROCESS = "edgeke.process"  # tag of a child: host and number of the process that executes it
+# Variables that say which repository git reads.
+_GIT = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
+PROCESS = "edgeke.process"  # tag of a child: host and number of the process that executed it
 
 
 @dataclass
 class Record:
     """One execution of a stage, kept as `results/<stage>/run.json`: enough to log it later.
 
-    `state` is a hash of the content and the DVC experiment's name; `name`, `params` and `tags` are
-    those of its parent run, to which the last stage adds `headline` and `model`, the SHA-256 of the
-    file to register. Times are milliseconds since 1970.
+    `state` is a hash of the content, the DVC experiment's name, the machine and the repository, as
+    each measures for itself; `name`, `params` and `tags` are those of its parent run, to which the
+    last stage adds `headline` and `model`, the SHA-256 of the file to register.
+    Times are milliseconds since 1970.
     """
 
     id: str
@@ -48,7 +53,9 @@ class Record:
             id=uuid.uuid4().hex,
             stage=stage,
             experiment=params.tracking.experiment,
-            state=hashlib.sha256((digest + experiment).encode()).hexdigest()[:16],
+            state=hashlib.sha256(
+                f"{digest}{experiment}{platform.node()}{repository()}".encode()
+            ).hexdigest()[:16],
             name=f"{name}-{experiment}" if experiment else name,
             params=flatten(params),
             tags=_tags(params, digest),
@@ -107,8 +114,22 @@ def _tags(params: Params, digest: str) -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
+    """What git answers about the working folder; empty without git or a repository.
+
+    Whatever else git refuses (a repository of another user) is said. Variables that name another
+    repository are left out, as a hook sets them.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in _GIT}
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    except OSError:
         return ""
+    if done.returncode and "not a git repository" not in done.stderr and done.stderr.strip():
+        cause = done.stderr.strip().splitlines()[0].removeprefix("fatal: ")
+        print(
+            f"warning: runs are logged without their commit, since git refuses: {cause}. A "
+            f"repository of another user: git config --global --add safe.directory {Path.cwd()}",
+            file=sys.stderr,
+        )
+    return done.stdout.strip()

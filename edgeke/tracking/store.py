@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeke.errors import InputError
+from edgeke.files import repository
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+# Set whatever the user did: what is logged in the background is lost with the process.
+_SETTINGS = {"MLFLOW_ENABLE_ASYNC_LOGGING": "false"}
 # Set unless the user did. A server that hangs costs two attempts of ten seconds; MLflow's own
 # defaults are eight of two minutes.
 _DEFAULTS = {
@@ -25,6 +28,13 @@ _DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the address may hold a password
     "PGCONNECT_TIMEOUT": "10",
 }
+_PLACES = (  # where MLflow's tables hold addresses of files
+    "experiments.artifact_location",
+    "runs.artifact_uri",
+    "logged_models.artifact_location",
+    "model_versions.source",
+    "model_versions.storage_location",
+)
 _WAITS = (10, 50)  # seconds of waiting for the lock: until its holder is named, and then
 _REMEDIES = {  # by what stands in the error; the first that fits
     "database schema": "its tables are another MLflow's: back it up, then `mlflow db upgrade` it "
@@ -37,20 +47,23 @@ _REMEDIES = {  # by what stands in the error; the first that fits
 
 
 def folder() -> Path:
-    """The folder of the store's file and its lock: `mlflow/` in the repository.
-
-    Queued and `--temp` experiments run in a copy; `DVC_ROOT` still names the real repository.
-    """
-    return (Path(os.environ.get("DVC_ROOT") or Path.cwd()) / "mlflow").resolve()
+    """The folder of the store's file and its lock: `mlflow/` in the repository."""
+    return repository() / "mlflow"
 
 
 def store_uri() -> str:
-    """`MLFLOW_TRACKING_URI` where it is set, else the SQLite file in the repository."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder() / 'mlflow.db'}"
+    """`MLFLOW_TRACKING_URI` where it is set, else the SQLite file in the repository.
+
+    A relative file is one of the repository's, not of the copies that experiments run in.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder() / 'mlflow.db'}"
+    relative = re.fullmatch(r"(sqlite[\w+]*:///)(?!/|\w:|:memory:|file:)(.+)", uri)
+    return f"{relative[1]}{repository() / relative[2]}" if relative else uri
 
 
 def is_installed() -> bool:
     """Whether MLflow is there; imports it, with defaults that suit a stage."""
+    os.environ.update(_SETTINGS)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     for logger in ("mlflow.store", "mlflow.system_metrics", "mlflow.pyfunc"):
@@ -104,8 +117,11 @@ def connected() -> Iterator["MlflowClient"]:
         # The first process on a fresh SQLite file creates its tables; a second one would collide.
         with locked():
             _try_database(store_uri())
-            client = MlflowClient(store_uri())
+            # Both named: MLFLOW_REGISTRY_URI may be another project's.
+            client = MlflowClient(store_uri(), store_uri())
             client.search_experiments(max_results=1)
+            if store_uri() == f"sqlite:///{folder() / 'mlflow.db'}":
+                _follow_project()
         yield client
     except Exception as error:  # MLflow passes on whatever its store raises
         raise refusal(error) from error
@@ -113,11 +129,38 @@ def connected() -> Iterator["MlflowClient"]:
 
 def _try_database(uri: str) -> None:
     """Open a database once; MLflow would try for 110 seconds. Raises what SQLAlchemy raises."""
+    file = re.match(r"sqlite[\w+]*:///(/[^?]+)", uri)
+    if file and not Path(file[1]).exists():
+        with contextlib.suppress(OSError):  # SQLite says why
+            Path(file[1]).touch(0o666)  # follows the umask; what SQLite makes, no group may write
     if re.match(r"(sqlite|postgresql|mysql|mssql)\b", uri):
         import sqlalchemy
 
         engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
         sqlalchemy.inspect(engine).get_table_names()
+
+
+def _follow_project() -> None:
+    """Where the project was moved or copied, let the store name its files where they are now.
+
+    MLflow keeps absolute addresses and has no command that changes them.
+    """
+    import sqlite3
+
+    now = (folder() / "artifacts").as_uri()
+    with contextlib.closing(sqlite3.connect(folder() / "mlflow.db")) as database, database:
+        found = database.execute("select distinct artifact_location from experiments").fetchall()
+        for (before,) in found:
+            if before == now or not re.match("file:///.*/mlflow/artifacts$", before or ""):
+                continue
+            for place in _PLACES:
+                table, column = place.split(".")
+                database.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) "
+                    f"where {column} = ? or substr({column}, 1, ?) = ?",
+                    (now, len(before) + 1, before, len(before) + 1, f"{before}/"),
+                )
+            print(f"the project moved: its files in MLflow are now those below {now}", flush=True)
 
 
 def open_experiment(client: "MlflowClient", name: str) -> str:

@@ -84,7 +84,7 @@ def test_a_network_of_other_data_is_refused(saved: Path):
     assert load_checkpoint(saved, CPU, PREPROCESSING)
     other = replace(PREPROCESSING, classes=("left", "down", "up"))
     with pytest.raises(
-        InputError, match=r"net\.safetensors was trained on images of other classes"
+        InputError, match=r"net\.safetensors was trained on other images .* classes"
     ):
         load_checkpoint(saved, CPU, other)
 
@@ -99,6 +99,22 @@ def test_a_teacher_with_another_normalisation_takes_the_students_images(
     answers = [
         predict(teacher, images, Normalise(given.mean, given.std, torch.device("cpu")))
         for given in (own, student)
-        for teacher in [load_teacher(tmp_path / "t", given)]
+        for teacher in [load_teacher(tmp_path / "t", given, own)]
     ]
     torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"classes": ("up", "left", "down")}, "classes down, left, up instead of up, left, down"),
+        ({"mean": (0.4,)}, "mean 0.5 instead of 0.4"),  # the same pictures inverted
+        ({"std": (0.3,)}, "std 0.25 instead of 0.3"),
+        ({"image_shape": (3, SIZE, SIZE)}, "image_shape 1, 8, 8 instead of 3, 8, 8"),
+    ],
+)
+def test_a_teacher_of_other_images_is_refused_before_training(saved, changes, words):
+    expected = replace(PREPROCESSING, **changes)
+    with pytest.raises(InputError, match="was trained on other images") as caught:
+        load_teacher(saved, expected, expected)
+    assert words in str(caught.value)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -6,10 +7,10 @@ from torch import nn
 from toys import replace, with_recipe
 
 from edgeke.errors import InputError
-from edgeke.learning.fit import fit
+from edgeke.learning.fit import fit, kept_epoch
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
-from edgeke.learning.predict import predict
+from edgeke.learning.predict import evaluate, predict
 from edgeke.learning.schedules import learning_rate
 from edgeke.learning.trained import Trained
 from edgeke.networks.architecture import Backbone
@@ -25,7 +26,7 @@ def train(dataset, plan, on_epoch=lambda epoch, row: None, width=4) -> Trained:
     objective = CrossEntropy(label_smoothing=plan.optimisation.label_smoothing)
     images = Images.of(dataset, CPU)
     history = fit(network, objective, images, plan, description="toy", on_epoch=on_epoch)
-    return Trained(network, history, ())
+    return Trained(network, history, (), kept_epoch(history, plan))
 
 
 def equal(first, second) -> bool:
@@ -100,9 +101,77 @@ def test_the_moving_average_is_what_is_kept(dataset, plan):
     assert float(correct) == averaged.history[-1]["validation/accuracy"]
 
 
-def test_patience_stops_on_validation_loss(dataset, plan):
+def test_patience_stops_on_validation_loss_and_keeps_the_best_epoch(dataset, plan, capsys):
     still = with_recipe(plan, epochs=20, learning_rate=1e-9, patience=2)
-    assert 3 <= len(train(dataset, still).history) < 20
+    trained = train(dataset, still)
+    assert 8 <= len(trained.history) < 20  # not in the six epochs of warm-up
+    assert f"toy ended early, after epoch {len(trained.history)} of 20" in capsys.readouterr().err
+    losses = [row["validation/loss"] for row in trained.history]
+    assert trained.metrics["validation/loss"] == min(losses)
+    images = Images.of(dataset, CPU)
+    assert evaluate(trained.network, images)["validation/loss"] == min(losses)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_with_patience_the_best_of_all_epochs_is_kept(dataset, plan, capsys, ema):
+    """A rate that rises to the end: the last epochs are worse, and none of them counts."""
+    rising = with_recipe(plan, epochs=6, learning_rate=1.0, warmup=0.999, patience=1, ema=ema)
+    trained = train(dataset, rising)
+    losses = [row["validation/loss"] for row in trained.history]
+    assert len(losses) == 6
+    assert trained.kept == 1 + losses.index(min(losses)) < 6
+    assert f"of toy epoch {trained.kept} of 6 is kept" in capsys.readouterr().err
+    images = Images.of(dataset, CPU)
+    assert evaluate(trained.network, images)["validation/loss"] == min(losses)
+
+
+TRAINS, WARNS = "", "warning: toy has "
+EXTREMES = [
+    *[
+        ({"schedule": schedule, "warmup": warmup}, TRAINS)
+        for schedule in ("one_cycle", "cosine", "step")
+        for warmup in (0.0, 0.999)
+    ],
+    *[({"schedule": "step", "milestones": m}, TRAINS) for m in ((), (1e-9,), (1e6,), (2, 3))],
+    *[({"patience": patience}, TRAINS) for patience in (1, 1_000_000)],
+    *[({"ema": ema}, TRAINS) for ema in (1e-9, 0.9999999)],  # before: the first step's weights
+    *[({"clip": clip}, words) for clip, words in ((1e-12, WARNS), (1e12, TRAINS))],
+    ({"label_smoothing": 0.9999}, WARNS),
+    *[({"momentum": momentum}, TRAINS) for momentum in (1e-9, 0.999999)],
+    *[({"weight_decay": decay}, words) for decay, words in ((0.0, TRAINS), (10.0, WARNS))],
+    ({"learning_rate": 1e-12}, WARNS),
+    ({"learning_rate": 1000.0}, "lower learning_rate (now 1000.0)"),
+    ({"optimiser": "adam", "learning_rate": 1000.0}, WARNS),
+    ({"batch_size": 97}, "exceeds the 96 training images"),
+    ({"epochs": 1, "batch_size": 96, "schedule": "cosine"}, WARNS),  # one step at rate 0
+    *[({"crop_padding": pixels}, words) for pixels, words in ((1, TRAINS), (7, WARNS))],
+    ({"cutout": 7}, TRAINS),
+    ({"mixup": 100.0, "cutmix": 100.0}, TRAINS),
+    ({"mixup": 1e-9, "cutmix": 1e-9}, TRAINS),
+    ({"trivial_augment": True}, TRAINS),
+    ({"precision": "bf16", "channels_last": False, "checkpoint_every": 1_000_000}, TRAINS),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), EXTREMES, ids=str)
+def test_an_option_at_its_extreme_trains_or_the_reason_is_said(
+    dataset, plan, capsys, changes, words
+):
+    plan = with_recipe(plan, epochs=5)
+    for part in ("training", "augmentation"):
+        fields = {f.name for f in dataclasses.fields(getattr(plan, part))}
+        chosen = {key: value for key, value in changes.items() if key in fields}
+        plan = replace(plan, **{part: replace(getattr(plan, part), **chosen)})
+        changes = {key: value for key, value in changes.items() if key not in fields}
+    plan = with_recipe(plan, **changes)
+    if words not in (TRAINS, WARNS):
+        with pytest.raises(InputError) as caught:
+            train(dataset, plan)
+        assert words in str(caught.value)
+        return
+    trained = train(dataset, plan)
+    assert (WARNS in capsys.readouterr().err) == (words == WARNS)
+    assert (trained.metrics["validation/accuracy"] > 0.55) == (words == TRAINS)
 
 
 def test_a_batch_larger_than_the_split_is_refused(dataset, plan):

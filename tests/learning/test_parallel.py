@@ -106,6 +106,7 @@ def test_machines_that_would_train_something_else_are_refused(machines: Path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="batch_size = 16 cannot be shared evenly by 3 processes"):
         parallel.start(16)

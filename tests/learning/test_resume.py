@@ -1,6 +1,7 @@
 """A training that is killed goes on to the weights it would have had."""
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -61,11 +62,14 @@ def train(dataset, plan, slot: str, die_at: int | None = None) -> Trained | None
     images = Images.of(dataset, torch.device("cpu"))
     with contextlib.suppress(KilledError):
         options = {"description": "toy", "on_epoch": on_epoch, "resume": resume}
-        return Trained(network, fit(network, CrossEntropy(), images, plan, **options), (resume,))
+        history = fit(network, CrossEntropy(), images, plan, **options)
+        return Trained(network, history, (resume,), len(history))
     return None
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "optimiser": "adamw"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"ema": 0.9, "optimiser": "adamw"}, {"patience": 3}], ids=str
+)
 def test_a_training_stopped_between_epochs_goes_on_alike(dataset, plan, changes):
     plan = with_recipe(plan, epochs=4, **changes)
     whole = train(dataset, plan, "whole")
@@ -99,7 +103,7 @@ def test_an_unusable_checkpoint_is_ignored_with_one_line(dataset, plan, capsys, 
     change(path)
     capsys.readouterr()
     parts = train(dataset, plan, "parts")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "ignored" in line]
     assert len(warnings) == 1
     assert warnings[0].startswith(f"warning: {path} is ignored: {reason}")
     assert warnings[0].endswith("parts starts again")
@@ -109,13 +113,22 @@ def test_an_unusable_checkpoint_is_ignored_with_one_line(dataset, plan, capsys, 
 def test_what_a_killed_writer_left_goes_with_the_checkpoint(dataset, plan):
     train(dataset, with_recipe(plan, epochs=3), "parts", die_at=3)
     resume = ResumeFile("parts", plan=with_recipe(plan, epochs=3))
-    left, other = (
-        resume.path.with_name(f".{name}.67rdx5s8.tmp") for name in (resume.path.name, "other")
-    )
-    for path in (left, other):
+    left, young = (resume.path.with_name(f".{resume.path.name}.{end}.tmp") for end in "ab")
+    for path in (left, young):
         path.touch()
+    os.utime(left, (0, 0))
     resume.remove()
-    assert sorted(resume.path.parent.iterdir()) == [other]
+    assert list(resume.path.parent.iterdir()) == [young]  # somebody may be writing it
+
+
+def test_an_experiments_copy_keeps_its_checkpoints_in_the_repository(tmp_path, plan, monkeypatch):
+    """DVC deletes the copy, also when the run in it is stopped."""
+    copy = tmp_path / "project" / ".dvc" / "tmp" / "exps" / "tmpx" / "below"
+    (copy / ".dvc").mkdir(parents=True)
+    monkeypatch.setattr("edgeke.learning.resume.FOLDER", Path(".edgeke/checkpoints"))
+    monkeypatch.chdir(copy)
+    folder = tmp_path / "project" / ".edgeke" / "checkpoints"
+    assert ResumeFile("distill/0", plan=plan).path.parent == folder
 
 
 def test_a_killed_stage_goes_on_to_bit_identical_weights(dataset_file: Path):

@@ -99,11 +99,35 @@ def test_the_default_is_never_chosen_by_cost_while_quality_cannot_be_promised(fi
     kept = Requirement(min_accuracy=0.7), Requirement(max_cost=0.9)
     policy = certified(fitted, few, DEGRADATION, *kept)
     assert [result.point is None for result in policy.requirements] == [True, False, False]
-    assert policy.default == "full"
+    # A cheaper point is clearly better than `full` on validation, and none is better than it.
+    best = max(policy.points, key=lambda point: point.validation_accuracy)
+    assert policy.point(policy.default).validation_accuracy == best.validation_accuracy
     assert certified(fitted, few).default == "full"
     assert certified(fitted, few, Requirement(max_cost=0.3)).default == "full"
     by_cost = certified(fitted, few, COST)
     assert by_cost.default == by_cost.requirements[0].point != "full"
+
+
+def test_a_main_exit_that_is_worse_than_an_earlier_one_is_no_default():
+    """Overthinking: nothing is promised, and the full network is the worst that could answer."""
+    worse = fit_policy(overthinking(180, 3), (76, 100, 124), 100, settings())[0]
+    policy = certified(worse, overthinking(360, 4), Requirement(min_accuracy=0.99))
+    default = policy.point(policy.default)
+    assert policy.unmet
+    assert default.validation_accuracy == max(p.validation_accuracy for p in policy.points)
+    assert default.validation_accuracy > policy.point("full").validation_accuracy + 0.1
+
+
+def overthinking(count: int, seed: int) -> ExitLogits:
+    """Exits that have 95, 90 and 60 % right, each sure of itself."""
+    generator = np.random.default_rng(seed)
+    labels, hard = generator.integers(0, 10, count), generator.random(count)
+    logits = generator.normal(0, 1, (3, count, 10)).astype(np.float32)
+    for exit, accuracy in enumerate((0.95, 0.9, 0.6)):
+        other = (labels + generator.integers(1, 10, count)) % 10
+        top = np.where(hard < accuracy, labels, other)
+        logits[exit, np.arange(count), top] += 5 * (1 + generator.random(count))
+    return ExitLogits(logits, labels)
 
 
 def test_other_calibration_images_change_promises_and_nothing_that_was_fitted(fitted):

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +15,12 @@ from toys import replace
 
 from edgeke.data.dataset import channels_last
 from edgeke.device.classifier import Classifier
+from edgeke.files import read_json
+from edgeke.tracking import models as model_tracking
+from edgeke.tracking import state
 from edgeke.tracking.__main__ import main
 from edgeke.tracking.models import MODEL, promotion_tags
-from edgeke.tracking.store import store_uri
+from edgeke.tracking.store import connected, store_uri
 
 from .conftest import HEADLINE, run_pipeline
 
@@ -83,6 +88,49 @@ def test_the_same_file_is_stored_once_and_another_is_a_new_version(evaluated, lo
     (evaluated / "edgeke.int8.onnx").unlink()
     run_pipeline(loaded)
     assert version(experiment, 2).tags["edgeke.precision"] == "fp32"
+
+
+def test_two_workers_that_register_one_file_at_once_make_one_version(
+    evaluated, loaded, experiment, monkeypatch
+):
+    run_pipeline(loaded)
+    record = state.Record(**read_json(Path("results/evaluate/run.json")))
+    record.experiment = f"{experiment.name}-again"
+    register = model_tracking._register
+
+    def slowly(*arguments):
+        time.sleep(1)
+        return register(*arguments)
+
+    monkeypatch.setattr(model_tracking, "_register", slowly)
+
+    def log(_: int) -> None:
+        with connected() as client:
+            model_tracking.log_model(client, record, experiment.parents[0])
+
+    with ThreadPoolExecutor(2) as workers:
+        list(workers.map(log, range(2)))
+    found = experiment.client.search_model_versions(f"name = '{record.experiment}-digits'")
+    assert len(found) == 1
+
+
+def test_models_move_along_with_the_project(models, loaded, experiment, tmp_path, monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    project = tmp_path / "before [1]"
+    shutil.copytree(models, project / "models")
+    (project / "results").mkdir()
+    monkeypatch.chdir(project)
+    run_pipeline(loaded)
+    project = project.rename(tmp_path / "after, größer")
+    monkeypatch.chdir(project)
+    (project / "models" / "edgeke.int8.onnx").unlink()
+    run_pipeline(loaded)  # registers version 2
+    assert stored(experiment).is_relative_to(project)
+    assert version(experiment, 2).source.startswith(project.as_uri())
+    assert not (tmp_path / "before [1]").exists()
+    (run,) = experiment.client.search_runs([experiment.runs[0].info.experiment_id], max_results=1)
+    assert run.info.artifact_uri.startswith(project.as_uri())
 
 
 def test_a_model_that_could_not_be_registered_is_by_resend(

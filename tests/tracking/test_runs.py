@@ -15,6 +15,7 @@ from toys import ROOT, replace
 from edgeke.errors import InputError
 from edgeke.files import read_json
 from edgeke.tracking import state
+from edgeke.tracking import store as stores
 from edgeke.tracking.__main__ import main
 from edgeke.tracking.runs import stage_run
 
@@ -51,9 +52,17 @@ def test_settings_for_other_programs_misdirect_nothing(here, loaded, experiment,
     first = experiment.children["export"].info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", first)
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "elsewhere")
+    monkeypatch.setenv("RANK", "1")
     run_stage("distill", loaded, {"classes/nuts & bolts (M3)": 4.0}, ROWS)
     assert experiment.client.get_run(first).data.metrics == {"m": 1.0}
     check_curves(experiment)
+    assert experiment.client.get_experiment_by_name("elsewhere") is None
+    with stores.connected() as client:
+        client.search_registered_models()
+        # Not in the background, whose last words a process that ends takes along.
+        assert client.set_tag(first, "a", "b", synchronous=None) is None
     # Names of classes may hold what MLflow refuses.
     assert "classes/nuts -u26- bolts -u28-M3-u29-" in experiment.children["distill"].data.metrics
 
@@ -145,6 +154,71 @@ def test_a_run_killed_by_force_is_marked_by_the_next_stage(repository, loaded, e
     assert [run.info.status for run in experiment.parents] == ["FINISHED"]
 
 
+LIVE = """
+from edgeke import params
+from edgeke.tracking.runs import stage_run
+with stage_run("distill", params.load()):
+    print("lives", flush=True)
+    input()
+"""
+
+
+def test_a_living_run_of_another_container_is_left_alone(repository, loaded, experiment):
+    """Containers may share the host's name and not its process numbers."""
+    container = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*container, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to make a process namespace")
+    with subprocess.Popen(
+        [*container, sys.executable, "-c", LIVE],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "lives\n"
+        run_stage("export", loaded)
+        assert experiment.children["distill"].info.status == "RUNNING"
+        other.communicate("\n")
+    assert experiment.children["distill"].info.status == "FINISHED"
+    assert list((stores.repository() / ".edgeke" / "running").iterdir()) == []
+
+
+def test_two_machines_on_one_commit_have_a_parent_each(here, loaded, experiment, monkeypatch):
+    for desk, latency in (("desk-a", 1.0), ("desk-b", 2.0), ("desk-b", 3.0)):
+        monkeypatch.setattr(platform, "node", lambda desk=desk: desk)
+        headline = {"test/default/latency_ms_mean": latency}
+        run_stage("evaluate", loaded, {"m": latency}, headline=headline)
+    values = {
+        run.data.tags["edgeke.machine"].split(",")[0]: run.data.metrics
+        for run in experiment.parents
+    }
+    assert values == {
+        "desk-a": {"test/default/latency_ms_mean": 1.0},
+        "desk-b": {"test/default/latency_ms_mean": 3.0},
+    }
+
+
+def test_the_commit_is_that_of_the_project_or_it_is_said(here, loaded, monkeypatch, capsys):
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c")
+    for folder in (here, here / "other"):
+        folder.mkdir(exist_ok=True)
+        for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", folder.name)):
+            subprocess.run([*git, *command], cwd=folder, check=True)
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+    monkeypatch.setenv("GIT_DIR", str(here / "other" / ".git"))  # as a hook of another one sets it
+    record = state.Record.start("export", loaded)
+    assert record.tags["mlflow.source.git.commit"] == commit
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to try that
+    record = state.Record.start("export", loaded)
+    assert "mlflow.source.git.commit" not in record.tags
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "without their commit" in said
+    assert f"git config --global --add safe.directory {here}" in said
+
+
 def test_processes_that_start_together_share_one_parent_on_a_fresh_store(
     tmp_path, experiment, monkeypatch
 ):
@@ -154,7 +228,7 @@ def test_processes_that_start_together_share_one_parent_on_a_fresh_store(
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert len(experiment.parents) == 1
     assert set(experiment.children) == {"distill", "export"}

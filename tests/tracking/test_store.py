@@ -69,7 +69,7 @@ def test_addresses_in_an_error_lose_their_secrets_too(here):
 
 def test_files_that_are_no_store_are_refused_at_once(tmp_path, empty_store, loaded, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "mlflow" / "mlflow.db"
     file.mkdir(parents=True)
     assert "unable to open database file" in refused(loaded)
@@ -89,6 +89,32 @@ def test_files_that_are_no_store_are_refused_at_once(tmp_path, empty_store, load
 def test_a_server_that_is_not_there_is_refused_soon(here, loaded, monkeypatch, scheme):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://127.0.0.1:{servers.free_port()}")
     assert "tracking.enabled=false" in refused(loaded).partition("does not answer")[2]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "sqlite+pysqlite"])
+def test_a_relative_store_is_one_of_the_repository(tmp_path, monkeypatch, scheme):
+    """Not of the copy in which DVC runs an experiment: it is deleted at the end."""
+    copy = tmp_path / ".dvc" / "tmp" / "exps" / "tmpx"
+    (copy / ".dvc").mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}:///runs.db")
+    assert stores.store_uri() == f"{scheme}:///{tmp_path}/runs.db"
+    for uri in (f"{scheme}:////abs/runs.db", "sqlite:///C:/runs.db", "http://host", "databricks"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert stores.store_uri() == uri
+
+
+def test_another_user_of_the_group_may_write_where_the_umask_says_so(tmp_path, loaded, monkeypatch):
+    """SQLite itself makes files that nobody else may write."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = os.umask(0o002)
+    try:
+        with stage_run("export", loaded):
+            modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "mlflow").glob("*")}
+    finally:
+        os.umask(before)
+    assert modes == {"mlflow.db": 0o664, ".lock": 0o664, ".lock-owner": 0o664}
 
 
 HOLD = """
