@@ -20,12 +20,14 @@ from edgeke.device.session import open_session
 from edgeke.graph.parity import check_exits
 from edgeke.params import Evaluate
 from edgeke.policy.cascade import run_cascade
+from edgeke.policy.classes import class_metrics, class_rows, useless
 from edgeke.policy.intervals import share_interval
 from edgeke.remote import run_folder
 
 # What names begin with in a precision; fp32 first, whose full network is everybody's reference.
 _PREFIXES = {"fp32": "", "int8": "int8/"}
 _TIE = 1e-6
+_BY_CLASS = ("default", "full")
 _LABELLED = ("main", "plain", "teacher")
 
 Row = dict[str, object]
@@ -36,14 +38,19 @@ class Evaluation:
     """Metrics, policies by precision, rows of the pictures, and the device in words.
 
     `frontier`: accuracy against cost. `leavers`: for each named point and exit the share of images
-    that left there, their accuracy, and the mean latency of those that were timed. `profile`: each
-    block and exit of both precisions.
+    that left there, their accuracy, and the mean latency of those that were timed. `classes`:
+    recall and precision of the default point and the full network; `confusion`: what they answer
+    to each image; `warnings`: what is wrong with them. `profile`: each block and exit of both
+    precisions.
     """
 
     metrics: dict[str, float]
     policies: dict[str, Policy]
     frontier: list[Row]
     leavers: list[Row]
+    classes: list[Row]
+    confusion: list[Row]
+    warnings: list[str]
     profile: list[Row]
     device: dict[str, object]
 
@@ -84,18 +91,22 @@ def evaluate(
     bundle with `static/`; `static_macs` has the MACs of every static network, `main` among them.
     Errors: InputError for a damaged file, and in the device's words when its process fails.
     """
-    policies = {}
+    policies: dict[str, Policy] = {}
+    classes: tuple[str, ...] = ()
     for precision in _PREFIXES:
         file = models / PRECISIONS[precision]
-        policies[precision] = read_metadata(open_session(file), str(file)).policy
+        metadata = read_metadata(open_session(file), str(file))
+        policies[precision], classes = metadata.policy, metadata.classes
     measured, answers = _measure(models, policies, static_macs, test, settings)
     metrics = {f"test/{name}": value for name, value in measured.metrics.items()}
     frontier: list[Row] = []
     leavers: list[Row] = []
+    named: dict[str, NDArray[np.int64]] = {}  # answers of the points that classes are counted for
     full = answers[f"exit_{len(policies['fp32'].macs) - 1}"].argmax(-1) == test.labels
     for precision, policy in policies.items():
         prefix = _PREFIXES[precision]
-        results, left = _cascade(prefix, policy, answers, measured.traces, test.labels)
+        results, left, answered = _cascade(prefix, policy, answers, measured.traces, test.labels)
+        named |= answered
         for name, macs in static_macs.items():
             correct = answers[prefix + name].argmax(-1) == test.labels
             label = prefix + name if name in _LABELLED else ""
@@ -110,6 +121,10 @@ def evaluate(
     for row in leavers:
         values = {key: value for key, value in row.items() if isinstance(value, float)}
         metrics |= {f"test/{row['point']}/{row['exit']}/{key}": v for key, v in values.items()}
+    tables = {name: class_rows(answer, test.labels, classes) for name, answer in named.items()}
+    for name, rows in tables.items():
+        metrics |= {f"test/{name}/{key}": value for key, value in class_metrics(rows).items()}
+    words = {name: useless(answer, test.labels, classes) for name, answer in named.items()}
     device: dict[str, object] = {
         "device": settings.device,
         "threads": list(settings.threads),
@@ -120,7 +135,28 @@ def evaluate(
         for precision, rows in measured.blocks.items()
         for row in rows
     ]
-    return Evaluation(metrics, policies, frontier, leavers, profile, device)
+    return Evaluation(
+        metrics,
+        policies,
+        frontier,
+        leavers,
+        classes=[{"point": name, **row} for name, rows in tables.items() for row in rows],
+        confusion=_confusion(named, test.labels, classes),
+        warnings=[f"the point {name} {reason}" for name, reason in words.items() if reason],
+        profile=profile,
+        device=device,
+    )
+
+
+def _confusion(
+    named: Mapping[str, NDArray[np.int64]], labels: NDArray[np.int64], classes: Sequence[str]
+) -> list[Row]:
+    """One row per image: its class, and what each point answers to it."""
+    columns = {"actual": labels, **named}
+    return [
+        {name: classes[column[image]] for name, column in columns.items()}
+        for image in range(len(labels))
+    ]
 
 
 def _measure(
@@ -171,8 +207,10 @@ def _cascade(
     answers: Mapping[str, NDArray[np.float32]],
     traces: Mapping[str, Trace],
     labels: NDArray[np.int64],
-) -> tuple[list[_Result], list[Row]]:
+) -> tuple[list[_Result], list[Row], dict[str, NDArray[np.int64]]]:
     """Named points, exits and all other points (the frontier); and who leaves where.
+
+    Last, what the points `default` and `full` answer, `[N]`.
 
     Errors: InputError when the file left at other exits than its policy says.
     """
@@ -185,10 +223,13 @@ def _cascade(
     named = {point.name for point in policy.named.values()}
     others = [point for point in policy.points if point.name not in named]
     points += [(point.name, "frontier", point.thresholds, point.votes) for point in others]
-    results, leavers = [], []
+    results, leavers, answered = [], [], {}
     for label, kind, thresholds, votes in points:
         outcome = run_cascade(probabilities, scores, thresholds, votes)
-        name, correct = prefix + label, outcome.probabilities.argmax(-1) == labels
+        name, answer = prefix + label, outcome.probabilities.argmax(-1)
+        correct = answer == labels
+        if label in _BY_CLASS:
+            answered[name] = answer
         cost = float(macs[outcome.exit].mean())
         results.append(_Result(name, name if kind != "frontier" else "", kind, correct, cost))
         if name in traces:
@@ -198,7 +239,7 @@ def _cascade(
             check_exits(np.asarray(trace.exits), expected, timed, limits, _TIE)
         if kind == "operating point":
             leavers += _leavers(name, outcome.exit, correct, traces[name], exits)
-    return results, leavers
+    return results, leavers, answered
 
 
 def _frontier(

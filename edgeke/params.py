@@ -110,6 +110,8 @@ class Optimisation:
     schedule: Literal["one_cycle", "cosine", "step"]
     milestones: tuple[Annotated[Number, Field(gt=0, le=1_000_000)], ...]
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)]
+    class_weights: Literal["none", "balanced"]
+    sampling: Literal["uniform", "balanced"]
     ema: Annotated[Number, Field(ge=0, lt=1)]
     clip: Positive | None
     patience: Count | None
