@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from edgeke.data.dataset import Split, channels_last
 from edgeke.device.bundle import PRECISIONS, read_metadata
 from edgeke.device.measure import Job, Measurements, Setting, Trace
 from edgeke.device.policy import Policy, force_exit
-from edgeke.device.scores import Score
+from edgeke.device.scores import Score, biased
 from edgeke.device.session import open_session
 from edgeke.graph.parity import check_exits
 from edgeke.params import Evaluate
@@ -28,6 +28,7 @@ from edgeke.remote import run_folder
 _PREFIXES = {"fp32": "", "int8": "int8/"}
 _TIE = 1e-6
 _BY_CLASS = ("default", "full")
+_INSPECTED = {"max_miss": "miss", "min_recall": "recall", "max_sure_error": "sure_error"}
 _LABELLED = ("main", "plain", "teacher")
 
 Row = dict[str, object]
@@ -97,7 +98,7 @@ def evaluate(
         file = models / PRECISIONS[precision]
         metadata = read_metadata(open_session(file), str(file))
         policies[precision], classes = metadata.policy, metadata.classes
-    measured, answers = _measure(models, policies, static_macs, test, settings)
+    measured, answers = _measure(models, policies, static_macs, len(classes), test, settings)
     metrics = {f"test/{name}": value for name, value in measured.metrics.items()}
     frontier: list[Row] = []
     leavers: list[Row] = []
@@ -116,11 +117,17 @@ def evaluate(
             if result.kind != "frontier":
                 metrics |= {f"test/{result.name}/{key}": value for key, value in values.items()}
         frontier += _frontier(precision, results, measures, measured.metrics)
-        metrics |= kept(policy, metrics, prefix)
         leavers += left
     for row in leavers:
         values = {key: value for key, value in row.items() if isinstance(value, float)}
         metrics |= {f"test/{row['point']}/{row['exit']}/{key}": v for key, v in values.items()}
+    for precision, policy in policies.items():
+        prefix = _PREFIXES[precision]
+        found = answers[f"exit_{len(policies['fp32'].macs) - 1}"].argmax(-1) == test.labels
+        inspected = _inspected(policy, prefix, named, test.labels, found, classes)
+        metrics |= inspected
+        metrics |= kept(policy, metrics, prefix)
+    named = {name: a for name, a in named.items() if name.split("/")[-1] in _BY_CLASS}
     tables = {name: class_rows(answer, test.labels, classes) for name, answer in named.items()}
     for name, rows in tables.items():
         metrics |= {f"test/{name}/{key}": value for key, value in class_metrics(rows).items()}
@@ -148,13 +155,49 @@ def evaluate(
     )
 
 
+def _inspected(
+    policy: Policy,
+    prefix: str,
+    named: Mapping[str, NDArray[np.int64]],
+    labels: NDArray[np.int64],
+    full: NDArray[np.bool_],
+    classes: Sequence[str],
+) -> dict[str, float]:
+    """What requirements about some of the images come to on the test split.
+
+    `full` `[N]`: where the full network is right. Shares of no images are left out.
+    """
+    metrics = {}
+    for requirement in policy.requirements:
+        name = prefix + requirement.name
+        if requirement.point is None or name not in named:
+            continue
+        answers = named[name]
+        about = answers >= 0
+        if requirement.class_name is not None:
+            about = labels == classes.index(requirement.class_name)
+        bad = (answers != labels)[about]
+        if requirement.kind == "max_miss":
+            bad = bad & full[about]
+        if requirement.kind == "max_sure_error":
+            metrics[f"test/{name}/automation"] = float(about.mean())
+        if len(bad):
+            value = float(bad.mean())
+            what = _INSPECTED[requirement.kind]
+            metrics[f"test/{name}/{what}"] = 1 - value if what == "recall" else value
+        if requirement.kind == "min_recall" and requirement.class_name is not None:
+            alarms = answers[~about] == classes.index(requirement.class_name)
+            metrics[f"test/{name}/false_alarms"] = float(alarms.sum() / len(labels))
+    return metrics
+
+
 def _confusion(
     named: Mapping[str, NDArray[np.int64]], labels: NDArray[np.int64], classes: Sequence[str]
 ) -> list[Row]:
     """One row per image: its class, and what each point answers to it."""
-    columns = {"actual": labels, **named}
+    columns, names = {"actual": labels, **named}, (*classes, "unsure")  # -1 is unsure
     return [
-        {name: classes[column[image]] for name, column in columns.items()}
+        {name: names[column[image]] for name, column in columns.items()}
         for image in range(len(labels))
     ]
 
@@ -163,6 +206,7 @@ def _measure(
     models: Path,
     policies: Mapping[str, Policy],
     static: Iterable[str],
+    classes: int,
     test: Split,
     settings: Evaluate,
 ) -> tuple[Measurements, dict[str, NDArray[np.float32]]]:
@@ -175,11 +219,13 @@ def _measure(
         networks[f"{prefix}edgeke"] = PRECISIONS[precision]
         batches[f"{prefix}default"] = precision
         exits, votes = len(policy.macs), list(policy.points[0].votes)
+        zeros = [0.0] * classes
         for label, point in policy.named.items():
             inputs = {"thresholds": list(point.thresholds), "votes": list(point.votes)}
+            inputs["bias"] = list(point.bias) or zeros
             timed[prefix + label] = Setting(f"{prefix}edgeke", inputs, all_images=False)
         for exit in range(exits):
-            inputs = {"thresholds": list(force_exit(exit, exits)), "votes": votes}
+            inputs = {"thresholds": list(force_exit(exit, exits)), "votes": votes, "bias": zeros}
             timed[f"{prefix}exit_{exit}"] = Setting(f"{prefix}edgeke", inputs, all_images=True)
         for name in static:
             networks[prefix + name] = f"static/{name}{suffix}.onnx"
@@ -210,30 +256,42 @@ def _cascade(
 ) -> tuple[list[_Result], list[Row], dict[str, NDArray[np.int64]]]:
     """Named points, exits and all other points (the frontier); and who leaves where.
 
-    Last, what the points `default` and `full` answer, `[N]`.
+    Last, what the points `default` and `full`, and those that promise something of some images,
+    answer, `[N]`; -1 is unsure.
 
     Errors: InputError when the file left at other exits than its policy says.
     """
-    exits, votes = len(policy.macs), policy.points[0].votes
+    exits = len(policy.macs)
     probabilities = np.stack([answers[f"{prefix}exit_{exit}"] for exit in range(exits)])
     scores = Score(policy.score, policy.score_weights).of(probabilities)
     macs = np.asarray([*policy.macs, policy.macs[-1]], np.float64)  # voted images pay for the last
-    points = [(name, "operating point", p.thresholds, p.votes) for name, p in policy.named.items()]
-    points += [(f"exit_{e}", "exit", force_exit(e, exits), votes) for e in range(exits)]
+    points = [(name, "operating point", point) for name, point in policy.named.items()]
+    plain = replace(policy.points[0], bias=(), unsure=False)
+    points += [
+        (f"exit_{e}", "exit", replace(plain, thresholds=force_exit(e, exits))) for e in range(exits)
+    ]
     named = {point.name for point in policy.named.values()}
-    others = [point for point in policy.points if point.name not in named]
-    points += [(point.name, "frontier", point.thresholds, point.votes) for point in others]
-    results, leavers, answered = [], [], {}
-    for label, kind, thresholds, votes in points:
-        outcome = run_cascade(probabilities, scores, thresholds, votes)
-        name, answer = prefix + label, outcome.probabilities.argmax(-1)
+    # What is biased or unsure trades more than accuracy against cost.
+    others = [p for p in policy.points if p.name not in named and not p.unsure and not p.bias]
+    points += [(point.name, "frontier", point) for point in others]
+    results, leavers = [], []
+    answered: dict[str, NDArray[np.int64]] = {}
+    for label, kind, point in points:
+        outcome = run_cascade(probabilities, scores, point.thresholds, point.votes)
+        answered_with = outcome.probabilities
+        if point.bias:
+            answered_with = biased(answered_with, point.bias)
+        answer: NDArray[np.int64] = answered_with.argmax(-1)
+        if point.unsure:
+            answer = np.where(outcome.exit == exits, -1, answer)
+        name = prefix + label
         correct = answer == labels
-        if label in _BY_CLASS:
+        if label in _BY_CLASS or kind == "operating point" and point.inspections:
             answered[name] = answer
         cost = float(macs[outcome.exit].mean())
         results.append(_Result(name, name if kind != "frontier" else "", kind, correct, cost))
         if name in traces:
-            trace, limits = traces[name], np.asarray(thresholds, np.float32)
+            trace, limits = traces[name], np.asarray(point.thresholds, np.float32)
             expected = outcome.exit[: len(trace.exits)]
             timed = scores[:, : len(expected)]
             check_exits(np.asarray(trace.exits), expected, timed, limits, _TIE)
@@ -292,14 +350,17 @@ def kept(policy: Policy, metrics: Mapping[str, float], prefix: str = "") -> dict
         "max_cost": "cost_share",
         "min_accuracy": "accuracy",
         "max_degradation": "degradation",
+        **_INSPECTED,
     }
     result = {}
     for requirement in policy.requirements:
         if requirement.point is not None:
             name = f"test/{prefix}{requirement.name}"
-            value, bound = metrics[f"{name}/{quantities[requirement.kind]}"], requirement.bound
-            met = value >= bound if requirement.kind == "min_accuracy" else value <= bound
-            result[f"{name}/kept"] = float(met)
+            value = metrics.get(f"{name}/{quantities[requirement.kind]}")
+            if value is None:  # no test image to tell
+                continue
+            least, bound = requirement.kind.startswith("min_"), requirement.bound
+            result[f"{name}/kept"] = float(value >= bound if least else value <= bound)
     return result
 
 
