@@ -148,6 +148,7 @@ def compare() -> dict[str, Any]:
             key: np.float32(value)
             for key, value in (("thresholds", point.thresholds), ("votes", point.votes))
         }
+        inputs["bias"] = np.zeros(len(dataset.classes), np.float32)
         answer = partial(_answer, cascade, inputs)
         right[f"point_{loss:g}"] = np.asarray(
             [answer(test[n : n + 1]) == labels[n] for n in range(len(test))]

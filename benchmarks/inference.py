@@ -176,11 +176,12 @@ def in_openvino(
 
 def forced(image: NDArray[np.uint8], exits: int) -> list[dict[str, Any]]:
     """Inputs that make our file leave at each exit in turn."""
-    votes = np.ones(exits, np.float32)
-    return [
-        {"image": image, "thresholds": np.float32(force_exit(exit, exits)), "votes": votes}
-        for exit in range(exits)
-    ]
+    same = {
+        "image": image,
+        "votes": np.ones(exits, np.float32),
+        "bias": np.zeros(CLASSES, np.float32),
+    }
+    return [{**same, "thresholds": np.float32(force_exit(exit, exits))} for exit in range(exits)]
 
 
 def ratios(best: Mapping[str, float], exits: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from edgeke.data.dataset import Split, channels_last
 from edgeke.device.bundle import describe_pixels, segments_hash
 from edgeke.device.manifest import Manifest
 from edgeke.device.policy import Policy, force_exit, parse_policy
-from edgeke.device.scores import Score, calibrated_probabilities
+from edgeke.device.scores import Score, biased, calibrated_probabilities
 from edgeke.device.session import open_session
 from edgeke.graph.compose import compose_cascade
 from edgeke.graph.parity import check_close, check_exits
@@ -68,7 +68,9 @@ def calibrate(
         )
     validation = answers["validation"]
     full_correct = {name: split.full_correct for name, split in answers.items()}
-    fitted, metrics = fit_policy(validation, manifest.macs, manifest.main_macs, settings)
+    fitted, metrics = fit_policy(
+        validation, manifest.macs, manifest.main_macs, settings, manifest.classes
+    )
     groups = splits["calibration"].groups
     if groups is not None:
         answers["calibration"] = answers["calibration"].at(one_of_each(groups))
@@ -129,20 +131,22 @@ def check_composed(
     exits, votes = len(probabilities), policy.points[0].votes
     spread = np.linspace(0, len(policy.points) - 1, _OTHERS).astype(int)
     points = [*policy.named.values(), *(policy.points[i] for i in spread)]
-    settings = {point.name: point.thresholds for point in points}
-    settings |= {f"exit {exit}": force_exit(exit, exits) for exit in range(exits)}
-    settings["vote"] = force_exit(exits, exits)
+    settings = {point.name: (point.thresholds, point.bias) for point in points}
+    settings |= {f"exit {exit}": (force_exit(exit, exits), ()) for exit in range(exits)}
+    settings["vote"] = (force_exit(exits, exits), ())
     ties, difference = 0, 0.0
-    for name, thresholds in settings.items():
+    for name, (thresholds, bias) in settings.items():
         limits = np.asarray(thresholds, np.float32)
         feeds = {"thresholds": limits, "votes": np.asarray(votes, np.float32)}
+        feeds["bias"] = np.asarray(bias or [0.0] * probabilities.shape[-1], np.float32)
         outputs = [session.run(None, {"image": image[None], **feeds}) for image in pixels]
         composed = np.concatenate([answer for answer, _ in outputs])
         exit = np.concatenate([exit for _, exit in outputs])
         expected = run_cascade(probabilities, scores, thresholds, votes)
         ties += check_exits(exit, expected.exit, scores, limits, _TOLERANCE)
         same = exit == expected.exit
-        what, close = f"the composed file at {name}", expected.probabilities[same]
+        answers_there = expected.probabilities[same]
+        what, close = f"the composed file at {name}", biased(answers_there, feeds["bias"].tolist())
         difference = max(difference, check_close(what, composed[same], close, _TOLERANCE))
     return {
         "validation/composed/parity_difference": difference,

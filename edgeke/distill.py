@@ -8,7 +8,7 @@ from edgeke.learning.architectures import start_weights
 from edgeke.learning.fit import OnEpoch
 from edgeke.learning.frozen_trunk import Features
 from edgeke.learning.images import Images
-from edgeke.learning.objectives import make_objective
+from edgeke.learning.objectives import class_weights, make_objective
 from edgeke.learning.parallel import local_device
 from edgeke.learning.resume import fingerprint
 from edgeke.learning.trained import Trained
@@ -47,6 +47,7 @@ def distill(
         kd,
         features.teacher if features else teacher,
         label_smoothing=plan.optimisation.label_smoothing,
+        class_weights=class_weights(images, plan.optimisation),
         paper_factor=1.0,
     )
     trained = []

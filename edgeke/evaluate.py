@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +15,20 @@ from edgeke.data.dataset import Split, channels_last
 from edgeke.device.bundle import PRECISIONS, read_metadata
 from edgeke.device.measure import Job, Measurements, Setting, Trace
 from edgeke.device.policy import Policy, force_exit
-from edgeke.device.scores import Score
+from edgeke.device.scores import Score, biased
 from edgeke.device.session import open_session
 from edgeke.graph.parity import check_exits
 from edgeke.params import Evaluate
 from edgeke.policy.cascade import run_cascade
+from edgeke.policy.classes import class_metrics, class_rows, useless
 from edgeke.policy.intervals import share_interval
 from edgeke.remote import run_folder
 
 # What names begin with in a precision; fp32 first, whose full network is everybody's reference.
 _PREFIXES = {"fp32": "", "int8": "int8/"}
 _TIE = 1e-6
+_BY_CLASS = ("default", "full")
+_INSPECTED = {"max_miss": "miss", "min_recall": "recall", "max_sure_error": "sure_error"}
 _LABELLED = ("main", "plain", "teacher")
 
 Row = dict[str, object]
@@ -36,14 +39,19 @@ class Evaluation:
     """Metrics, policies by precision, rows of the pictures, and the device in words.
 
     `frontier`: accuracy against cost. `leavers`: for each named point and exit the share of images
-    that left there, their accuracy, and the mean latency of those that were timed. `profile`: each
-    block and exit of both precisions.
+    that left there, their accuracy, and the mean latency of those that were timed. `classes`:
+    recall and precision of the default point and the full network; `confusion`: what they answer
+    to each image; `warnings`: what is wrong with them. `profile`: each block and exit of both
+    precisions.
     """
 
     metrics: dict[str, float]
     policies: dict[str, Policy]
     frontier: list[Row]
     leavers: list[Row]
+    classes: list[Row]
+    confusion: list[Row]
+    warnings: list[str]
     profile: list[Row]
     device: dict[str, object]
 
@@ -84,18 +92,22 @@ def evaluate(
     bundle with `static/`; `static_macs` has the MACs of every static network, `main` among them.
     Errors: InputError for a damaged file, and in the device's words when its process fails.
     """
-    policies = {}
+    policies: dict[str, Policy] = {}
+    classes: tuple[str, ...] = ()
     for precision in _PREFIXES:
         file = models / PRECISIONS[precision]
-        policies[precision] = read_metadata(open_session(file), str(file)).policy
-    measured, answers = _measure(models, policies, static_macs, test, settings)
+        metadata = read_metadata(open_session(file), str(file))
+        policies[precision], classes = metadata.policy, metadata.classes
+    measured, answers = _measure(models, policies, static_macs, len(classes), test, settings)
     metrics = {f"test/{name}": value for name, value in measured.metrics.items()}
     frontier: list[Row] = []
     leavers: list[Row] = []
+    named: dict[str, NDArray[np.int64]] = {}  # answers of the points that classes are counted for
     full = answers[f"exit_{len(policies['fp32'].macs) - 1}"].argmax(-1) == test.labels
     for precision, policy in policies.items():
         prefix = _PREFIXES[precision]
-        results, left = _cascade(prefix, policy, answers, measured.traces, test.labels)
+        results, left, answered = _cascade(prefix, policy, answers, measured.traces, test.labels)
+        named |= answered
         for name, macs in static_macs.items():
             correct = answers[prefix + name].argmax(-1) == test.labels
             label = prefix + name if name in _LABELLED else ""
@@ -105,11 +117,21 @@ def evaluate(
             if result.kind != "frontier":
                 metrics |= {f"test/{result.name}/{key}": value for key, value in values.items()}
         frontier += _frontier(precision, results, measures, measured.metrics)
-        metrics |= kept(policy, metrics, prefix)
         leavers += left
     for row in leavers:
         values = {key: value for key, value in row.items() if isinstance(value, float)}
         metrics |= {f"test/{row['point']}/{row['exit']}/{key}": v for key, v in values.items()}
+    for precision, policy in policies.items():
+        prefix = _PREFIXES[precision]
+        found = answers[f"exit_{len(policies['fp32'].macs) - 1}"].argmax(-1) == test.labels
+        inspected = _inspected(policy, prefix, named, test.labels, found, classes)
+        metrics |= inspected
+        metrics |= kept(policy, metrics, prefix)
+    named = {name: a for name, a in named.items() if name.split("/")[-1] in _BY_CLASS}
+    tables = {name: class_rows(answer, test.labels, classes) for name, answer in named.items()}
+    for name, rows in tables.items():
+        metrics |= {f"test/{name}/{key}": value for key, value in class_metrics(rows).items()}
+    words = {name: useless(answer, test.labels, classes) for name, answer in named.items()}
     device: dict[str, object] = {
         "device": settings.device,
         "threads": list(settings.threads),
@@ -120,13 +142,71 @@ def evaluate(
         for precision, rows in measured.blocks.items()
         for row in rows
     ]
-    return Evaluation(metrics, policies, frontier, leavers, profile, device)
+    return Evaluation(
+        metrics,
+        policies,
+        frontier,
+        leavers,
+        classes=[{"point": name, **row} for name, rows in tables.items() for row in rows],
+        confusion=_confusion(named, test.labels, classes),
+        warnings=[f"the point {name} {reason}" for name, reason in words.items() if reason],
+        profile=profile,
+        device=device,
+    )
+
+
+def _inspected(
+    policy: Policy,
+    prefix: str,
+    named: Mapping[str, NDArray[np.int64]],
+    labels: NDArray[np.int64],
+    full: NDArray[np.bool_],
+    classes: Sequence[str],
+) -> dict[str, float]:
+    """What requirements about some of the images come to on the test split.
+
+    `full` `[N]`: where the full network is right. Shares of no images are left out.
+    """
+    metrics = {}
+    for requirement in policy.requirements:
+        name = prefix + requirement.name
+        if requirement.point is None or name not in named:
+            continue
+        answers = named[name]
+        about = answers >= 0
+        if requirement.class_name is not None:
+            about = labels == classes.index(requirement.class_name)
+        bad = (answers != labels)[about]
+        if requirement.kind == "max_miss":
+            bad = bad & full[about]
+        if requirement.kind == "max_sure_error":
+            metrics[f"test/{name}/automation"] = float(about.mean())
+        if len(bad):
+            value = float(bad.mean())
+            what = _INSPECTED[requirement.kind]
+            metrics[f"test/{name}/{what}"] = 1 - value if what == "recall" else value
+        if requirement.kind == "min_recall" and requirement.class_name is not None:
+            alarms = answers[~about] == classes.index(requirement.class_name)
+            metrics[f"test/{name}/false_alarms"] = float(alarms.sum() / len(labels))
+    return metrics
+
+
+def _confusion(
+    named: Mapping[str, NDArray[np.int64]], labels: NDArray[np.int64], classes: Sequence[str]
+) -> list[Row]:
+    """One row per image: its class, and what each point answers to it."""
+    columns, names = {"actual": labels, **named}, (*classes, "unsure")  # -1 is unsure
+    return [
+        {name: names[column[image]] for name, column in columns.items()}
+        for image in range(len(labels))
+    ]
 
 
 def _measure(
     models: Path,
     policies: Mapping[str, Policy],
     static: Iterable[str],
+    classes: int,
     test: Split,
     settings: Evaluate,
 ) -> tuple[Measurements, dict[str, NDArray[np.float32]]]:
@@ -139,11 +219,13 @@ def _measure(
         networks[f"{prefix}edgeke"] = PRECISIONS[precision]
         batches[f"{prefix}default"] = precision
         exits, votes = len(policy.macs), list(policy.points[0].votes)
+        zeros = [0.0] * classes
         for label, point in policy.named.items():
             inputs = {"thresholds": list(point.thresholds), "votes": list(point.votes)}
+            inputs["bias"] = list(point.bias) or zeros
             timed[prefix + label] = Setting(f"{prefix}edgeke", inputs, all_images=False)
         for exit in range(exits):
-            inputs = {"thresholds": list(force_exit(exit, exits)), "votes": votes}
+            inputs = {"thresholds": list(force_exit(exit, exits)), "votes": votes, "bias": zeros}
             timed[f"{prefix}exit_{exit}"] = Setting(f"{prefix}edgeke", inputs, all_images=True)
         for name in static:
             networks[prefix + name] = f"static/{name}{suffix}.onnx"
@@ -171,34 +253,51 @@ def _cascade(
     answers: Mapping[str, NDArray[np.float32]],
     traces: Mapping[str, Trace],
     labels: NDArray[np.int64],
-) -> tuple[list[_Result], list[Row]]:
+) -> tuple[list[_Result], list[Row], dict[str, NDArray[np.int64]]]:
     """Named points, exits and all other points (the frontier); and who leaves where.
+
+    Last, what the points `default` and `full`, and those that promise something of some images,
+    answer, `[N]`; -1 is unsure.
 
     Errors: InputError when the file left at other exits than its policy says.
     """
-    exits, votes = len(policy.macs), policy.points[0].votes
+    exits = len(policy.macs)
     probabilities = np.stack([answers[f"{prefix}exit_{exit}"] for exit in range(exits)])
     scores = Score(policy.score, policy.score_weights).of(probabilities)
     macs = np.asarray([*policy.macs, policy.macs[-1]], np.float64)  # voted images pay for the last
-    points = [(name, "operating point", p.thresholds, p.votes) for name, p in policy.named.items()]
-    points += [(f"exit_{e}", "exit", force_exit(e, exits), votes) for e in range(exits)]
+    points = [(name, "operating point", point) for name, point in policy.named.items()]
+    plain = replace(policy.points[0], bias=(), unsure=False)
+    points += [
+        (f"exit_{e}", "exit", replace(plain, thresholds=force_exit(e, exits))) for e in range(exits)
+    ]
     named = {point.name for point in policy.named.values()}
-    others = [point for point in policy.points if point.name not in named]
-    points += [(point.name, "frontier", point.thresholds, point.votes) for point in others]
+    # What is biased or unsure trades more than accuracy against cost.
+    others = [p for p in policy.points if p.name not in named and not p.unsure and not p.bias]
+    points += [(point.name, "frontier", point) for point in others]
     results, leavers = [], []
-    for label, kind, thresholds, votes in points:
-        outcome = run_cascade(probabilities, scores, thresholds, votes)
-        name, correct = prefix + label, outcome.probabilities.argmax(-1) == labels
+    answered: dict[str, NDArray[np.int64]] = {}
+    for label, kind, point in points:
+        outcome = run_cascade(probabilities, scores, point.thresholds, point.votes)
+        answered_with = outcome.probabilities
+        if point.bias:
+            answered_with = biased(answered_with, point.bias)
+        answer: NDArray[np.int64] = answered_with.argmax(-1)
+        if point.unsure:
+            answer = np.where(outcome.exit == exits, -1, answer)
+        name = prefix + label
+        correct = answer == labels
+        if label in _BY_CLASS or kind == "operating point" and point.inspections:
+            answered[name] = answer
         cost = float(macs[outcome.exit].mean())
         results.append(_Result(name, name if kind != "frontier" else "", kind, correct, cost))
         if name in traces:
-            trace, limits = traces[name], np.asarray(thresholds, np.float32)
+            trace, limits = traces[name], np.asarray(point.thresholds, np.float32)
             expected = outcome.exit[: len(trace.exits)]
             timed = scores[:, : len(expected)]
             check_exits(np.asarray(trace.exits), expected, timed, limits, _TIE)
         if kind == "operating point":
             leavers += _leavers(name, outcome.exit, correct, traces[name], exits)
-    return results, leavers
+    return results, leavers, answered
 
 
 def _frontier(
@@ -251,14 +350,17 @@ def kept(policy: Policy, metrics: Mapping[str, float], prefix: str = "") -> dict
         "max_cost": "cost_share",
         "min_accuracy": "accuracy",
         "max_degradation": "degradation",
+        **_INSPECTED,
     }
     result = {}
     for requirement in policy.requirements:
         if requirement.point is not None:
             name = f"test/{prefix}{requirement.name}"
-            value, bound = metrics[f"{name}/{quantities[requirement.kind]}"], requirement.bound
-            met = value >= bound if requirement.kind == "min_accuracy" else value <= bound
-            result[f"{name}/kept"] = float(met)
+            value = metrics.get(f"{name}/{quantities[requirement.kind]}")
+            if value is None:  # no test image to tell
+                continue
+            least, bound = requirement.kind.startswith("min_"), requirement.bound
+            result[f"{name}/kept"] = float(value >= bound if least else value <= bound)
     return result
 
 

@@ -134,6 +134,8 @@ class Optimisation:
     schedule: Literal["one_cycle", "cosine", "step"]
     milestones: tuple[Annotated[Number, Field(gt=0, le=1_000_000)], ...]
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)]
+    class_weights: Literal["none", "balanced"]
+    sampling: Literal["uniform", "balanced"]
     ema: Annotated[Number, Field(ge=0, lt=1)]
     clip: Positive | None
     patience: Count | None
@@ -187,39 +189,71 @@ class Export:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class ClassShare:
+    """A share of the images of a class: `{class: crack, share: 0.99}`."""
+
+    class_name: Annotated[Text, Field(alias="class")]
+    share: Part
+
+
+_KINDS = (
+    "max_cost",
+    "min_accuracy",
+    "max_degradation",
+    "max_miss",
+    "min_recall",
+    "max_sure_error",
+)
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class Requirement:
-    """Exactly one of a greatest mean cost, a least accuracy and a greatest degradation.
+    """Exactly one of a greatest mean cost, a least accuracy, a greatest degradation, and others.
 
     `max_cost` is a share of the plain main network's MACs; `max_degradation` is the share of images
-    that the full network has right and the early answer wrong. `delta` is the risk that the promise
-    fails over the draw of the calibration split (left out: `calibrate.delta`).
+    that the full network has right and the early answer wrong, `max_miss` the same among those of a
+    class; `min_recall` is the share of a class that is answered as that class, `max_sure_error` the
+    share answered wrong among the images that some exit is sure of. `delta` is the risk that the
+    promise fails over the draw of the calibration split (left out: `calibrate.delta`).
     """
 
     max_cost: Positive | None = None
     min_accuracy: Part | None = None
     max_degradation: Part | None = None
     delta: Part | None = None
+    max_miss: ClassShare | None = None
+    min_recall: ClassShare | None = None
+    max_sure_error: Part | None = None
 
     def __post_init__(self) -> None:
-        bounds = [self.max_cost, self.min_accuracy, self.max_degradation]
-        _use(bounds.count(None) == 2, "one of max_cost, min_accuracy and max_degradation")
+        bounds = [getattr(self, kind) for kind in _KINDS]
+        words = f"one of {', '.join(_KINDS[:-1])} and {_KINDS[-1]}"
+        _use(bounds.count(None) == len(_KINDS) - 1, words)
 
     @property
     def kind(self) -> str:
-        """`max_cost`, `min_accuracy` or `max_degradation`."""
-        kinds = ("max_cost", "min_accuracy", "max_degradation")
-        return next(kind for kind in kinds if getattr(self, kind) is not None)
+        """Its key: `max_cost`, `min_accuracy`, ..."""
+        return next(kind for kind in _KINDS if getattr(self, kind) is not None)
+
+    @property
+    def class_name(self) -> str | None:
+        """The class that it is about; None for those about all images."""
+        value = getattr(self, self.kind)
+        return value.class_name if isinstance(value, ClassShare) else None
 
     @property
     def bound(self) -> float:
         """The required number."""
-        return float(getattr(self, self.kind))
+        value = getattr(self, self.kind)
+        return float(value.share if isinstance(value, ClassShare) else value)
 
     @property
     def name(self) -> str:
         """How metrics call it: `max_degradation_0.03`, `max_degradation_0.03_delta_0.05`."""
         risk = "" if self.delta is None else f"_delta_{self.delta:g}"
-        return f"{self.kind}_{self.bound:g}{risk}"
+        # Metrics in MLflow take no other characters.
+        part = "" if self.class_name is None else "_" + re.sub(r"[^\w.-]", "_", self.class_name)
+        return f"{self.kind}{part}_{self.bound:g}{risk}"
 
     def __str__(self) -> str:
         return self.name
@@ -249,6 +283,11 @@ class Calibrate:
     votes: Literal["fitted"] | tuple[Share, ...]
     delta: Part
     requirements: Annotated[tuple[Requirement, ...], _ONCE]
+
+    def classes_of(self, kind: str) -> tuple[str, ...]:
+        """The classes that requirements of a kind are about, each once."""
+        every = [r.class_name for r in self.requirements if r.kind == kind]
+        return tuple(dict.fromkeys(name for name in every if name is not None))
 
     def shares(self, exits: int) -> tuple[float, ...]:
         """The share of the images reaching each exit that leaves there, `[E]`.

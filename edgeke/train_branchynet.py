@@ -12,7 +12,7 @@ from edgeke.learning.fit import OnEpoch, fit
 from edgeke.learning.frozen import keep_statistics
 from edgeke.learning.frozen_trunk import Features
 from edgeke.learning.images import Images
-from edgeke.learning.objectives import Objective, make_objective
+from edgeke.learning.objectives import Objective, class_weights, make_objective
 from edgeke.learning.orders import Order
 from edgeke.learning.parallel import local_device
 from edgeke.learning.phases import OneExit, phase_network
@@ -128,6 +128,7 @@ def train_branchynet(
             joint=joint,
             weights=(1.0,) * len(learn),
             label_smoothing=plans[0].optimisation.label_smoothing,
+            class_weights=class_weights(images, plans[0].optimisation),
             paper_factor=order.paper_factor,
         )
         view = features.view({exit: network.exits[exit] for exit in learn})
@@ -138,6 +139,7 @@ def train_branchynet(
     for number, phase in enumerate(order.phases):
         joint = len(phase.exits) > 1
         smoothing = plans[number].optimisation.label_smoothing
+        balance = class_weights(images, plans[number].optimisation)
         # The main exit supervises the others once it has learnt: it is a distilled branch.
         supervises = main in order.starts and not joint
         objective = make_objective(
@@ -147,12 +149,15 @@ def train_branchynet(
             joint=joint,
             weights=weights if joint else None,
             label_smoothing=smoothing,
+            class_weights=balance,
             paper_factor=order.paper_factor,
         )
         view = phase_network(network, phase, detach=detach)
         train(number, network, view, objective, tuple(f"exit_{exit}" for exit in phase.exits))
         if joint:
-            alone = make_objective(kd, teacher, joint=True, label_smoothing=smoothing)
+            alone = make_objective(
+                kd, teacher, joint=True, label_smoothing=smoothing, class_weights=balance
+            )
             train(number, plain, plain, alone, ("plain",))
     history = [rows[epoch] for epoch in sorted(rows)]
     return Trained(network.eval(), history, tuple(resumes), len(history)), plain.eval()

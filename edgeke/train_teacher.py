@@ -6,7 +6,7 @@ from edgeke.learning.architectures import start_weights, teacher_architecture
 from edgeke.learning.fit import OnEpoch
 from edgeke.learning.frozen_trunk import Features
 from edgeke.learning.images import Images
-from edgeke.learning.objectives import CrossEntropy
+from edgeke.learning.objectives import CrossEntropy, class_weights
 from edgeke.learning.parallel import local_device
 from edgeke.learning.trained import Trained
 from edgeke.networks.branchynet import BranchyNet
@@ -27,7 +27,10 @@ def train_teacher(dataset: Dataset, network: Network, plan: Plan, *, on_epoch: O
         images, plan = features.images, features.plan
     return train_alone(
         architecture,
-        CrossEntropy(label_smoothing=plan.optimisation.label_smoothing),
+        CrossEntropy(
+            label_smoothing=plan.optimisation.label_smoothing,
+            class_weights=class_weights(images, plan.optimisation),
+        ),
         images,
         plan,
         description="teacher",

@@ -35,12 +35,11 @@ def run(params: Params, log: Run) -> dict[str, float]:
 
 def warning(precision: str, policy: Policy) -> str:
     """One line that says which requirements are not met, and what the default is."""
-    unmet = [
-        result.name
-        if result.nearest is None
-        else f"{result.name} (the nearest is {result.nearest:.4g})"
-        for result in policy.unmet
-    ]
+    unmet = []
+    for result in policy.unmet:
+        words = [] if result.nearest is None else [f"the nearest is {result.nearest:.4g}"]
+        words += [result.reason] if result.reason else []
+        unmet.append(result.name + (f" ({'; '.join(words)})" if words else ""))
     return (
         f"warning: {precision} cannot promise {', '.join(unmet)}; the default point is "
         f"{policy.default}"

@@ -22,6 +22,10 @@ def run(params: Params, log: Run) -> dict[str, float]:
         rows = [row for row in evaluation.frontier if row["precision"] == precision]
         write_table(results / f"frontier{suffix}.csv", rows)
     write_table(results / "exit_shares.csv", evaluation.leavers)
+    write_table(results / "classes.csv", evaluation.classes)
+    write_table(results / "confusion.csv", evaluation.confusion)
+    for words in evaluation.warnings:
+        print(f"warning: {words} on the test split (results/evaluate/classes.csv)", file=sys.stderr)
     write_table(results / "profile.csv", evaluation.profile)
     write_json(results / "device.json", evaluation.device)
     log.headline(headline(evaluation, read_json(Path("results/calibrate/metrics.json"))))

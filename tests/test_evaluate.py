@@ -104,6 +104,29 @@ def test_points_and_those_who_leave_at_each_exit_follow_from_the_file(
     assert [row["accuracy"] is None for row in rows] == [True, True, False, True]
 
 
+@pytest.mark.parametrize("precision", PREFIXES)
+def test_classes_are_counted_for_the_default_and_the_full_network(
+    built, evaluation, dataset, precision
+):
+    policy, logits = built[1][precision]
+    labels, prefix = dataset["test"].labels, PREFIXES[precision].removeprefix("test/")
+    answers = logits[-1].argmax(-1)
+    rows = [row for row in evaluation.classes if row["point"] == f"{prefix}full"]
+    assert [row["class"] for row in rows] == list(CLASSES)
+    recall = [(answers[labels == k] == k).mean() for k in range(len(CLASSES))]
+    assert [row["recall"] for row in rows] == pytest.approx(recall)
+    start = f"{PREFIXES[precision]}full"
+    assert evaluation.metrics[f"{start}/least_recall"] == pytest.approx(min(recall))
+    assert 0 <= evaluation.metrics[f"{start}/macro_f1"] < 1
+    columns = {key: [row[key] for row in evaluation.confusion] for key in evaluation.confusion[0]}
+    assert set(columns) == {"actual", "default", "full", "int8/default", "int8/full"}
+    assert columns["actual"] == [CLASSES[k] for k in labels]
+    assert columns[f"{prefix}full"] == [CLASSES[k] for k in answers]
+    never = [CLASSES[k] for k in range(len(CLASSES)) if k not in answers]
+    told = [words for words in evaluation.warnings if words.startswith(f"the point {prefix}full ")]
+    assert all(name in " ".join(told) for name in never)
+
+
 def test_everything_is_measured_for_each_number_of_threads(evaluation):
     metrics = evaluation.metrics
     for prefix in PREFIXES.values():

@@ -109,6 +109,7 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
             "image": [1, height, width, channels],
             "thresholds": [len(policy.macs)],
             "votes": [len(policy.macs)],
+            "bias": [len(classes)],
             "probabilities": [1, len(classes)],
             "exit": [1],
         }

@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,6 +51,8 @@ class Prediction:
     calibrated. `exit` is where the image left (0..E, E = voted). `latency_ms` is the time from the
     call until this answer was ready, checks and a first profile included (in a stream: from the
     first answer being requested). `point` is the operating point used; None in a stream.
+    Under `max_sure_error`, what no exit is sure of is `unsure`: its `label` is -1, `class_name` is
+    "unsure", and `probabilities` are the vote's, as a hint.
     """
 
     label: int
@@ -60,6 +62,11 @@ class Prediction:
     latency_ms: float
     point: OperatingPoint | None
 
+    @property
+    def unsure(self) -> bool:
+        """Whether a person must look at the image: no exit was sure, and a vote is no answer."""
+        return self.label < 0
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -68,6 +75,7 @@ class _Plan:
     point: OperatingPoint
     thresholds: NDArray[np.float32]
     votes: NDArray[np.float32]
+    bias: NDArray[np.float32]
 
 
 class Classifier:
@@ -79,9 +87,11 @@ class Classifier:
     Requirements are `mean_latency_ms` (the mean over many images), `deadline_ms` (each image:
     exits whose 95th percentile is later are left out), `min_accuracy` and `max_degradation` (as
     promised, see docs/promises.md) with `delta`, the risk that a promise fails; any of them
-    together, or none for the policy's default point. Several threads may share one classifier. A
-    forked process, and one that it is sent to, open the files again for themselves. It can be
-    used in `with`, which closes it.
+    together, or none for the policy's default point. `max_miss` and `min_recall` are of a class, as
+    {"class": "crack", "share": 0.99} or "crack=0.99"; under `max_sure_error` an answer may be
+    unsure. These three need points of their own in the model. Several threads may share one
+    classifier. A forked process, and one that it is sent to, open the files again for themselves.
+    It can be used in `with`, which closes it.
     """
 
     def __init__(
@@ -180,6 +190,7 @@ class Classifier:
             "image": self._noise()[None],
             "thresholds": np.asarray(force_exit(exits - 1, exits), np.float32),
             "votes": np.asarray(self.policy.points[0].votes, np.float32),
+            "bias": np.zeros(len(self.classes), np.float32),
         }
         blocks, model = self._metadata.blocks, self.bundle.model
         return profile_blocks(model, blocks, feeds, self.threads, rounds, seconds)
@@ -192,6 +203,9 @@ class Classifier:
         min_accuracy: float | None = None,
         max_degradation: float | None = None,
         delta: float | None = None,
+        max_miss: Any = None,
+        min_recall: Any = None,
+        max_sure_error: float | None = None,
     ) -> Prediction:
         """Answer one image within the requirements.
 
@@ -201,8 +215,11 @@ class Classifier:
         """
         started = time.perf_counter()
         pixels = check_image(image, self.image_shape, order=self.order)
-        plan = self._plan(mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta)
-        probabilities, exit = self._run(pixels, plan.thresholds, plan.votes)
+        plan = self._plan(
+            mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta,
+            max_miss, min_recall, max_sure_error,
+        )  # fmt: skip
+        probabilities, exit = self._run(pixels, plan)
         return self._prediction(probabilities, exit, time.perf_counter() - started, plan.point)
 
     def predict_batch(
@@ -213,6 +230,9 @@ class Classifier:
         min_accuracy: float | None = None,
         max_degradation: float | None = None,
         delta: float | None = None,
+        max_miss: Any = None,
+        min_recall: Any = None,
+        max_sure_error: float | None = None,
     ) -> list[Prediction]:
         """Answer images `[N, H, W, C]`, or a list of images, as `predict` answers each.
 
@@ -223,7 +243,10 @@ class Classifier:
         """
         started = time.perf_counter()
         pixels = check_images(images, self.image_shape, self.order)
-        plan = self._plan(mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta)
+        plan = self._plan(
+            mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta,
+            max_miss, min_recall, max_sure_error,
+        )  # fmt: skip
         segments = self.open_segments() if len(pixels) else None
         if segments is not None:
             answers = []
@@ -231,7 +254,8 @@ class Classifier:
             for start in range(0, len(pixels), size):
                 before = time.perf_counter() - started
                 chunk = np.ascontiguousarray(pixels[start : start + size])
-                answered = segments.answer(chunk, plan.point.thresholds, plan.point.votes)
+                point = plan.point
+                answered = segments.answer(chunk, point.thresholds, point.votes, point.bias)
                 seconds = before + answered.seconds
                 rows = zip(answered.probabilities, answered.exit.tolist(), seconds, strict=True)
                 answers += [self._prediction(p, e, float(s), plan.point) for p, e, s in rows]
@@ -244,8 +268,7 @@ class Classifier:
             )
         answers = []
         for image in pixels:
-            pixels = np.ascontiguousarray(image)
-            probabilities, exit = self._run(pixels, plan.thresholds, plan.votes)
+            probabilities, exit = self._run(np.ascontiguousarray(image), plan)
             answers.append(
                 self._prediction(probabilities, exit, time.perf_counter() - started, plan.point)
             )
@@ -280,13 +303,13 @@ class Classifier:
         exits = len(self.policy.macs)
         if exit not in range(exits + 1):
             raise InputError(f"exit = {exit!r} must be 0 to {exits - 1}, or {exits} for the vote")
-        thresholds = np.asarray(force_exit(exit, exits), np.float32)
-        votes = np.asarray(self.policy.points[0].votes, np.float32)
+        forced = replace(self.policy.points[0], thresholds=force_exit(exit, exits), bias=())
+        plan = self._arrays(forced)
 
         def run(image: Any) -> Prediction:
             started = time.perf_counter()
             pixels = check_image(image, self.image_shape, order=self.order)
-            probabilities, left = self._run(pixels, thresholds, votes)
+            probabilities, left = self._run(pixels, plan)
             return self._prediction(probabilities, left, time.perf_counter() - started, None)
 
         return run
@@ -308,10 +331,9 @@ class Classifier:
                     self._segments = segments
         return self._segments
 
-    def _run(
-        self, image: NDArray[np.uint8], thresholds: NDArray[np.float32], votes: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], int]:
-        feeds = {"image": image[None], "thresholds": thresholds, "votes": votes}
+    def _run(self, image: NDArray[np.uint8], plan: _Plan) -> tuple[NDArray[np.float32], int]:
+        feeds = {"image": image[None], "thresholds": plan.thresholds, "votes": plan.votes}
+        feeds["bias"] = plan.bias
         session = self._session or self._open_again()
         probabilities, exit = session.run(None, feeds)
         return probabilities[0], int(exit[0])
@@ -322,6 +344,7 @@ class Classifier:
             "image": self._noise()[None],
             "thresholds": np.asarray(force_exit(exits, exits), np.float32),
             "votes": np.ones(exits, np.float32),
+            "bias": np.zeros(len(self._metadata.classes), np.float32),
         }
         session.run(None, feeds)
 
@@ -360,8 +383,15 @@ class Classifier:
         seconds: float,
         point: OperatingPoint | None,
     ) -> Prediction:
-        label = int(probabilities.argmax())
+        label, unsure = int(probabilities.argmax()), exit == len(self.policy.macs)
+        if point is not None and point.unsure and unsure:
+            return Prediction(-1, "unsure", probabilities, exit, seconds * 1e3, point)
         return Prediction(label, self.classes[label], probabilities, exit, seconds * 1e3, point)
+
+    def _arrays(self, point: OperatingPoint) -> _Plan:
+        bias = point.bias or [0.0] * len(self.classes)
+        arrays = [np.asarray(v, np.float32) for v in (point.thresholds, point.votes, bias)]
+        return _Plan(point, *arrays)
 
     def _measure(self, rounds: int, seconds: float) -> Profile:
         noise, exits = self._noise(), len(self.policy.macs)
@@ -375,7 +405,7 @@ class Classifier:
         return np.random.default_rng(0).integers(0, 256, self.image_shape, np.uint8)
 
     def _plan(
-        self, mean_latency_ms: float | None, deadline_ms: float | None, *promised: float | None
+        self, mean_latency_ms: float | None, deadline_ms: float | None, *promised: Any
     ) -> _Plan:
         timed = mean_latency_ms is not None or deadline_ms is not None
         words = " (costs are milliseconds here: mean_latency_ms, deadline_ms)" if timed else ""
@@ -396,8 +426,7 @@ class Classifier:
         if plan is None:
             costs, worst = (measured.median_ms, measured.p95_ms) if measured else (None, None)
             point = choose(self.policy, request, costs or self.policy.macs, worst)
-            thresholds, votes = (np.asarray(v, np.float32) for v in (point.thresholds, point.votes))
-            plan = _Plan(point, thresholds, votes)
+            plan = self._arrays(point)
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             self._plans[request, measured] = plan

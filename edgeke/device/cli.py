@@ -73,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
         "--delta": "the risk that a promise fails, such as 0.1",
     }.items():
         predict.add_argument(name, type=float, help=words)
+    for name, words in {
+        "--max-miss": "promised share of a class that only the full network finds",
+        "--min-recall": "promised share of a class that is answered as that class",
+    }.items():
+        predict.add_argument(name, metavar="CLASS=SHARE", help=f"{words}, such as crack=0.99")
+    words = "promised among the images that an exit is sure of; others come back as unsure"
+    predict.add_argument("--max-sure-error", type=float, help=words)
     predict.add_argument("--json", action="store_true", help="one JSON line per image")
     timed = commands.add_parser(
         "benchmark", parents=[shared], help="exits, stream and batches timed against each other"
@@ -125,6 +132,14 @@ def _info(classifier: Classifier) -> None:
         )
         cost = point.expected_cost(policy.cost_shares)
         _say(f"{label:{wide}} {cost:7.3f} {point.accuracy:9.4f} {promises}")
+        for each in point.inspections:
+            if each.cap in (None, cap):
+                bound = point.promised(each.risk, policy.delta, cap, each.class_name)
+                about = f" of {each.class_name}" if each.class_name else ""
+                words = f"{each.risk}{about}: {each.bad} of {each.images} bad, promised {bound:.4f}"
+                _say(f"{'':{wide}} {words}")
+        if point.unsure:
+            print(f"{'':{wide}} automation {point.automation:.4f}: the rest comes back as unsure")
 
 
 def _profile(classifier: Classifier, options: argparse.Namespace) -> None:
@@ -187,13 +202,24 @@ def _predict(classifier: Classifier, options: argparse.Namespace) -> int:
             options.min_accuracy,
             options.max_degradation,
             options.delta,
+            options.max_miss,
+            options.min_recall,
+            options.max_sure_error,
         )
-        probability = float(answer.probabilities[answer.label])
+        probability = float(answer.probabilities.max())
         left = "the vote" if answer.exit == len(classifier.policy.macs) else f"exit {answer.exit}"
         point = answer.point.name if answer.point else ""
+        if answer.unsure and answer.point:
+            left = f"no exit ({100 * answer.point.automation:.1f} % are sure)"
         if options.json:
-            row = {"image": str(path), "label": answer.label, "class": answer.class_name}
+            row: dict[str, object] = {
+                "image": str(path),
+                "label": answer.label,
+                "class": answer.class_name,
+            }
             row |= {"probability": probability, "exit": answer.exit, "point": point}
+            if answer.point and answer.point.unsure:
+                row |= {"unsure": answer.unsure, "automation": answer.point.automation}
             print(json.dumps({**row, "latency_ms": answer.latency_ms}))
         else:
             _say(

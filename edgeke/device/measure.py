@@ -43,8 +43,8 @@ _Run = Callable[[_Images], Any]
 class Setting:
     """One way to answer: a network of the job, and its inputs beside the image.
 
-    The inputs are `thresholds` and `votes`, or none for a static network. `all_images`: whether
-    the answers to all images are kept.
+    The inputs are `thresholds`, `votes` and `bias`, or none for a static network.
+    `all_images`: whether the answers to all images are kept.
     """
 
     network: str

@@ -10,13 +10,13 @@ from edgeke.device.promises import upper_bound
 from edgeke.device.scores import SCORES
 from edgeke.errors import InputError
 
-SCHEMA = 3
+SCHEMA = 4
 
 # Scores are in [0, 1]: every score exceeds -1, none exceeds 2.
 ALWAYS = -1.0
 NEVER = 2.0
 
-Risk = Literal["max_degradation", "max_error"]
+Risk = Literal["max_degradation", "max_error", "max_miss", "min_recall", "max_sure_error"]
 
 
 class SchemaError(InputError):
@@ -37,6 +37,27 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Inspection:
+    """What calibration says about a point's risk among some of the images.
+
+    `risk` is `max_miss` or `min_recall` (among the images of `class_name`: those that the full
+    network finds and the point misses; those that the point answers otherwise), or `max_sure_error`
+    (among the images that some exit was sure of: those answered wrong). `bad` of `images` were bad.
+    `worst` has the pairs of `bad` and `images` of this point and of those tested before it, without
+    pairs that no bound can depend on. Requests allow exits up to `cap`; None: any. `false_alarms`,
+    of `min_recall`: images of other classes that are answered as the class.
+    """
+
+    risk: Risk
+    class_name: str | None
+    cap: int | None
+    bad: int
+    images: int
+    worst: tuple[tuple[int, int], ...]
+    false_alarms: int | None = None
+
+
+@dataclass(frozen=True)
 class OperatingPoint:
     """Thresholds and votes `[E]`, and counts of the `samples` images of the calibration split.
 
@@ -44,6 +65,10 @@ class OperatingPoint:
     `wrong`: images answered wrong; `degraded`: images that the reference network answers right and
     this point wrong. `validation_accuracy` decides between points. `evidence` is what promises
     follow from: none where the point promises nothing about its answers.
+
+    `bias` `[K]` is added to the logarithms of probabilities before the answer is taken; empty means
+    zeros. With `unsure`, an image that no exit is sure of has no answer: here it counts as wrong.
+    `inspections` are promises among some of the images.
     """
 
     name: str
@@ -56,6 +81,14 @@ class OperatingPoint:
     degraded: int
     validation_accuracy: float
     evidence: tuple[Evidence, ...]
+    bias: tuple[float, ...] = ()
+    unsure: bool = False
+    inspections: tuple[Inspection, ...] = ()
+
+    @property
+    def automation(self) -> float:
+        """The share of calibration images that some exit was sure of."""
+        return 1 - self.voted / self.samples
 
     @property
     def deepest(self) -> int:
@@ -89,24 +122,37 @@ class OperatingPoint:
         """The mean cost on calibration, at costs `[E]` in any unit."""
         return sum(c * share for c, share in zip(costs, self.shares, strict=True))
 
-    def promised(self, risk: Risk, delta: float, cap: int) -> float:
+    def promised(self, risk: Risk, delta: float, cap: int, class_name: str | None = None) -> float:
         """The promised bound of a risk at `delta`, when exits up to `cap` are allowed.
 
-        Infinite where nothing is promised.
+        Of `min_recall` it is that of the share missed. Infinite where nothing is promised.
         """
+        inspection = self.inspection(risk, cap, class_name)
+        if inspection is not None:
+            return max(upper_bound(bad, images, delta) for bad, images in inspection.worst)
+        if risk not in ("max_degradation", "max_error"):
+            return math.inf
         for evidence in self.evidence:
             count = evidence.degraded if risk == "max_degradation" else evidence.wrong
             if evidence.cap == cap and count is not None:
                 return upper_bound(count, self.samples, delta)
         return math.inf
 
+    def inspection(self, risk: Risk, cap: int, class_name: str | None) -> Inspection | None:
+        """What is known of a risk among some of the images; None where it was not tested."""
+        for each in self.inspections:
+            if (each.risk, each.class_name) == (risk, class_name) and each.cap in (None, cap):
+                return each
+        return None
+
 
 @dataclass(frozen=True)
 class RequirementResult:
     """A requirement of calibration and the point that meets it (None: it cannot be met).
 
-    `kind` is `max_cost`, `min_accuracy` or `max_degradation`; `nearest` is the nearest attainable
-    bound where the required one is not.
+    `kind` is the requirement's key, such as `min_accuracy`; `nearest` is the nearest attainable
+    bound where the required one is not, `reason` why it is not in words where images are too few.
+    `class_name`: of which class.
     """
 
     name: str
@@ -115,6 +161,8 @@ class RequirementResult:
     delta: float
     point: str | None
     nearest: float | None
+    class_name: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +266,8 @@ def parse_policy(text: str) -> Policy:
     if schema != SCHEMA:
         raise SchemaError(
             f"policy schema {schema!r:.20} is not {SCHEMA}, which this version of EdgeKE reads; "
-            "use the edgeke.device that belongs to the model"
+            "use the edgeke.device that belongs to the model, or run the stage calibrate again "
+            "(dvc repro), which composes the file anew"
         )
     try:
         points = tuple(_point(point) for point in content.pop("points"))
@@ -233,8 +282,12 @@ def parse_policy(text: str) -> Policy:
 
 def _point(content: dict[str, Any]) -> OperatingPoint:
     evidence = tuple(Evidence(**item) for item in content.pop("evidence"))
+    inspections = tuple(
+        Inspection(**{key: _tuples(value) for key, value in item.items()})
+        for item in content.pop("inspections")
+    )
     values = {key: _tuples(value) for key, value in content.items()}
-    return OperatingPoint(**values, evidence=evidence)
+    return OperatingPoint(**values, evidence=evidence, inspections=inspections)
 
 
 def _tuples(value: Any) -> Any:
@@ -271,6 +324,16 @@ def _check(policy: Policy) -> None:
         for item in point.evidence:
             tested = [count for count in (item.degraded, item.wrong) if count is not None]
             _require("evidence", _whole(0, samples, *tested), _whole(0, exits - 1, item.cap))
+        _require("bias", _between(-100, 100, *point.bias), isinstance(point.unsure, bool))
+        _require("bias", len({len(p.bias) for p in points} - {0}) <= 1)
+        for each in point.inspections:
+            _require("inspections", each.cap is None or _whole(0, exits - 1, each.cap))
+            recall = each.risk == "min_recall"
+            _require("inspections", not recall or _whole(0, samples, each.false_alarms))
+            pairs = [(each.bad, each.images), *each.worst]
+            _require("inspections", len(each.worst) > 0, all(len(pair) == 2 for pair in pairs))
+            for bad, images in pairs:
+                _require("inspections", _whole(0, samples, bad, images) and bad <= images)
     _require("a point for every deadline", min(point.deepest for point in points) == 0)
     for result in policy.requirements:
         numbers = [result.bound, result.delta]

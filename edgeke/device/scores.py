@@ -93,6 +93,16 @@ class Score:
         return sure.astype(np.float32)
 
 
+def biased(probabilities: Floats, bias: Sequence[float]) -> Floats:
+    """Probabilities `[N, K]` after `bias` `[K]` is added to their logarithms, summing to what they
+    did. A bias of zeros changes no bit.
+    """
+    raised = probabilities * np.exp(np.asarray(bias, np.float32))
+    total = raised.sum(axis=-1, keepdims=True) / probabilities.sum(axis=-1, keepdims=True)
+    shifted: Floats = raised / total
+    return shifted
+
+
 def vote(probabilities: Floats, votes: Sequence[float]) -> Floats:
     """The exits' probabilities `[E, N, K]` averaged with weights `votes` `[E]`: `[N, K]`."""
     weights = np.asarray(votes, np.float32)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeke.device.policy import Policy
-from edgeke.device.scores import Score, calibrated_probabilities, vote
+from edgeke.device.scores import Score, biased, calibrated_probabilities, vote
 from edgeke.device.session import open_session
 
 Floats = NDArray[np.float32]
@@ -41,9 +41,13 @@ class Segments:
         self.score = Score(policy.score, policy.score_weights)
 
     def answer(
-        self, images: NDArray[np.uint8], thresholds: Sequence[float], votes: Sequence[float]
+        self,
+        images: NDArray[np.uint8],
+        thresholds: Sequence[float],
+        votes: Sequence[float],
+        bias: Sequence[float] = (),
     ) -> BatchAnswers:
-        """Answer images uint8 `[N, H, W, C]` at the thresholds and votes `[E]` of a point.
+        """Answer images uint8 `[N, H, W, C]` at a point's thresholds and votes `[E]`, bias `[K]`.
 
         After each exit only those that it was not sure of go on, so the batch costs the sum of
         what its images need.
@@ -74,7 +78,7 @@ class Segments:
         if len(places):
             answers[places] = vote(earlier, votes)
             seconds[places] = time.perf_counter() - started
-        return BatchAnswers(exit_of, answers, seconds)
+        return BatchAnswers(exit_of, biased(answers, bias) if bias else answers, seconds)
 
     def probabilities(self, exit: int, features: NDArray[Any]) -> tuple[Floats, NDArray[Any]]:
         """An exit's probabilities `[N, K]` and the next one's features, from this one's.

@@ -25,7 +25,8 @@ def compose_cascade(
 ) -> onnx.ModelProto:
     """One standard ONNX model that answers at the first exit that is sure.
 
-    Inputs: `image` uint8 `[1, H, W, C]`, `thresholds` and `votes` float32 `[E]`. Outputs:
+    Inputs: `image` uint8 `[1, H, W, C]`, `thresholds` and `votes` float32 `[E]`, and `bias` float32
+    `[K]`, added to the logarithms of the answer's probabilities: zeros change no bit. Outputs:
     `probabilities` float32 `[1, K]` and `exit` int64 `[1]` (E = voted). `image_shape` is
     `(H, W, C)`. Segment e + 1 and all its weights are in the else-branch after exit e.
     """
@@ -36,11 +37,12 @@ def compose_cascade(
         *score_constants(classes),
     ]
     graph = _level(0, prefixed, score, temperatures)
-    used = _inputs(graph)  # ONNX Runtime complains about constants that no node reads
+    used = _inputs(graph) | {"axis_1"}  # ONNX Runtime complains about constants that no node reads
     inputs = [
         helper.make_tensor_value_info("image", TensorProto.UINT8, [1, *image_shape]),
         helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, [exits]),
         helper.make_tensor_value_info("votes", TensorProto.FLOAT, [exits]),
+        helper.make_tensor_value_info("bias", TensorProto.FLOAT, [classes]),
     ]
     outputs = [
         helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [1, classes]),
@@ -49,7 +51,7 @@ def compose_cascade(
     rename = helper.make_node("Identity", ["image"], [prefixed[0].graph.input[0].name])
     # The cascade's own outputs take the public names only here, at the outermost level.
     publish = [
-        helper.make_node("Identity", [graph.output[0].name], ["probabilities"]),
+        *_biased(graph.output[0].name, "probabilities"),
         helper.make_node("Identity", [graph.output[1].name], ["exit"]),
     ]
     whole = helper.make_graph(
@@ -122,6 +124,18 @@ def _level(
         _outputs(f"{name}out_"),
         [*segment.initializer, *constants],
     )
+
+
+def _biased(probabilities: str, out: str) -> list[onnx.NodeProto]:
+    """`edgeke.device.scores.biased`: the bias is added to logarithms, the sum stays as it is."""
+    return [
+        helper.make_node("Exp", ["bias"], ["bias_factors"]),
+        helper.make_node("Mul", [probabilities, "bias_factors"], ["bias_raised"]),
+        helper.make_node("ReduceSum", ["bias_raised", "axis_1"], ["bias_after"], keepdims=1),
+        helper.make_node("ReduceSum", [probabilities, "axis_1"], ["bias_before"], keepdims=1),
+        helper.make_node("Div", ["bias_after", "bias_before"], ["bias_total"]),
+        helper.make_node("Div", ["bias_raised", "bias_total"], [out]),
+    ]
 
 
 def _vote(exits: int) -> onnx.GraphProto:

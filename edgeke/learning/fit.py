@@ -161,7 +161,7 @@ class _Training:
         """
         batch, images, device = self.plan.recipe.batch_size, self.images, self.images.device
         if self.step == 0:
-            order = torch.randperm(len(images.train), generator=self.generator)
+            order = self._order()
             self.order = order.to(images.train.device)
             self.sums = torch.zeros(1 + len(self.names or ("",)), device=device)
         chosen = self.order[self.step * batch :][:batch]
@@ -187,6 +187,15 @@ class _Training:
         correct = (outcome["logits"].detach().argmax(-1) == labels).float().mean(-1)
         self.sums += torch.cat([outcome["loss"].detach()[None], correct])
         self.step += 1
+
+    def _order(self) -> Tensor:
+        """The images of an epoch: each once, or, balanced, every class equally often by chance."""
+        count, generator = len(self.images.train), self.generator
+        if self.plan.optimisation.sampling == "uniform":
+            return torch.randperm(count, generator=generator)
+        labels = self.images.train_labels.cpu()
+        rarity = 1 / torch.bincount(labels, minlength=self.images.classes).double()
+        return torch.multinomial(rarity[labels], count, replacement=True, generator=generator)
 
     def end_epoch(self) -> dict[str, float]:
         """Count the epoch and return its row: training means, and metrics on validation."""

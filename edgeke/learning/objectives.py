@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from edgeke.learning.distances import DISTANCES, class_costs
 from edgeke.learning.frozen import Frozen
 from edgeke.learning.frozen_trunk import Answers
+from edgeke.learning.images import Images
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.params import KD
+from edgeke.params import KD, Optimisation
 
 # (network, normalised images [N, C, H, W], targets) -> loss [], logits [E, N, K], parts [E]
 # Targets are labels [N], or class probabilities [N, K] where images were mixed.
@@ -23,14 +24,19 @@ Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 class CrossEntropy:
     """sum_e w_e CE_e: cross-entropy with the targets at every exit of the network.
 
-    `weights` `[E]`; None averages over the exits.
+    `weights` `[E]`; None averages over the exits. `class_weights` `[K]` weigh the images of a
+    batch by their class, and their sum is divided by that of the weights.
     """
 
     def __init__(
-        self, weights: Sequence[float] | None = None, label_smoothing: float = 0.0
+        self,
+        weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
     ) -> None:
         self.weights = weights
         self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
 
     def __call__(self, network: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         logits = network(images)
@@ -39,9 +45,12 @@ class CrossEntropy:
 
     def per_exit(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of every exit, `[E]`."""
-        smoothing = self.label_smoothing
+        smoothing, weights = self.label_smoothing, self.class_weights
         return torch.stack(
-            [F.cross_entropy(at_exit, targets, label_smoothing=smoothing) for at_exit in logits]
+            [
+                F.cross_entropy(at_exit, targets, weights, label_smoothing=smoothing)
+                for at_exit in logits
+            ]
         )
 
     def weighted(self, losses: Tensor) -> Tensor:
@@ -51,6 +60,19 @@ class CrossEntropy:
         return (losses * torch.tensor(self.weights, device=losses.device)).sum()
 
 
+def class_weights(images: Images, optimisation: Optimisation) -> Tensor | None:
+    """Weights `[K]` of the classes in cross-entropy; None where all images count alike.
+
+    `balanced`: N / (K n_k) for a class with n_k of the N training images, so that every class has
+    the same say; 1 for a class without images.
+    """
+    if optimisation.class_weights == "none":
+        return None
+    counts = torch.bincount(images.train_labels, minlength=images.classes)
+    balanced = len(images.train_labels) / (images.classes * counts.clamp(min=1))
+    return torch.where(counts > 0, balanced, torch.ones_like(balanced))
+
+
 class Distillation:
     """sum_e w_e ((1 - beta) CE_e + beta T^2 D_e) (Hinton et al. 2015).
 
@@ -58,7 +80,9 @@ class Distillation:
     with `from_main`, the network's own last exit for all exits before it (Zhang et al. 2019). An
     exit without supervisor learns from labels alone. T^2 keeps the size of a divergence's gradient
     independent of the temperature; that of `wasserstein` grows with T. With `paper_factor` an
-    exit's loss is CE_e + paper_factor T^2 D_e.
+    exit's loss is CE_e + paper_factor T^2 D_e. Class weights are those of the cross-entropy alone:
+    a distance is a mean over images, and the teacher's answers, which it comes from, were weighted
+    when the teacher learned.
     """
 
     def __init__(
@@ -113,6 +137,7 @@ def make_objective(
     joint: bool = False,
     weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
     paper_factor: float | None = None,
 ) -> Objective:
     """The objective that `kd` describes; `teacher` may be None when its distance is none.
@@ -121,7 +146,7 @@ def make_objective(
     exits learn together, so that the main exit supervises as it learns. Without either, the teacher
     supervises whatever `kd.source` says. `paper_factor` counts under `kd.paper_weights` alone.
     """
-    labels = CrossEntropy(weights, label_smoothing)
+    labels = CrossEntropy(weights, label_smoothing, class_weights)
     if kd.distance == "none":
         return labels
     if teacher is None:

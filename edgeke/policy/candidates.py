@@ -1,7 +1,7 @@
 """Candidate thresholds, fitted on validation and frozen before calibration is read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,23 +18,31 @@ _STEP = 0.005  # budgets are multiples of a multiple of this, so that names are 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Thresholds `[E]`, named by the greatest mean cost and the deepest exit allowed."""
+    """Thresholds `[E]`, named by the greatest mean cost and the deepest exit allowed.
+
+    `bias` `[K]` is added to the answer's log-probabilities (empty: zeros). With `unsure`, what no
+    exit is sure of has no answer.
+    """
 
     name: str
     thresholds: tuple[float, ...]
+    bias: tuple[float, ...] = ()
+    unsure: bool = False
 
 
 @dataclass(frozen=True)
 class FixedSequence:
     """Candidates that never pass the exit `cap`, from conservative to aggressive.
 
-    `for_degradation`, `for_error`: which of them are tested for that risk.
+    `for_degradation`, `for_error`: which of them are tested for that risk; `for_miss`: which for
+    degradation among the images of a class, by the class's number.
     """
 
     cap: int
     candidates: tuple[Candidate, ...]
     for_degradation: tuple[bool, ...]
     for_error: tuple[bool, ...]
+    for_miss: dict[int, tuple[bool, ...]] = field(default_factory=dict)
 
 
 def budgets_by_cap(costs: Sequence[float], points: int) -> dict[int, list[float]]:
@@ -90,13 +98,14 @@ def propose(
 
 
 def fixed_sequences(
-    samples: Samples, proposed: dict[int, list[Candidate]]
+    samples: Samples, proposed: dict[int, list[Candidate]], miss: Sequence[int] = ()
 ) -> tuple[FixedSequence, ...]:
     """The sequences as they are tested, deepest cap first: equal thresholds once, by one name.
 
     A candidate is tested for a risk unless a cheaper one of the sequence is better on these samples
     by more than a standard error: a main exit that is worse than an earlier one would otherwise end
-    the test at once. What is tested for neither risk is left out, but for `full`.
+    the test at once. What is tested for no risk is left out, but for `full`. `miss`: the classes
+    whose misses are a risk of their own.
     """
     names: dict[tuple[float, ...], str] = {}
     sequences = []
@@ -104,15 +113,18 @@ def fixed_sequences(
         for candidate in [sequence[0], *reversed(sequence)]:  # of equal ones the smallest budget
             names.setdefault(candidate.thresholds, candidate.name)
         thresholds = list(dict.fromkeys(candidate.thresholds for candidate in sequence))
-        degraded = _tested(np.stack([samples.degraded_at(each) for each in thresholds]))
+        bad = np.stack([samples.degraded_at(each) for each in thresholds])
+        degraded = _tested(bad)
+        missed = [_tested(bad[:, samples.labels == label]) for label in miss]
         wrong = _tested(np.stack([~samples.correct_at(each) for each in thresholds]))
         rows = [
-            (Candidate(names[each], each), for_degradation, for_error)
-            for each, for_degradation, for_error in zip(thresholds, degraded, wrong, strict=True)
-            if for_degradation or for_error or names[each] == "full"
+            (Candidate(names[each], each), *tested)
+            for each, *tested in zip(thresholds, degraded, wrong, *missed, strict=True)
+            if any(tested) or names[each] == "full"
         ]
-        candidates, for_degradation, for_error = zip(*rows, strict=True)
-        sequences.append(FixedSequence(cap, candidates, for_degradation, for_error))
+        candidates, for_degradation, for_error, *for_miss = zip(*rows, strict=True)
+        by_class = dict(zip(miss, for_miss, strict=True))
+        sequences.append(FixedSequence(cap, candidates, for_degradation, for_error, by_class))
     return tuple(sequences)
 
 

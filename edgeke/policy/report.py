@@ -1,8 +1,9 @@
 """What a calibrated policy is worth, as metrics, and the rows of the reliability diagram."""
 
 from collections.abc import Sequence
+from typing import cast
 
-from edgeke.device.policy import Policy, RequirementResult
+from edgeke.device.policy import Policy, RequirementResult, Risk
 from edgeke.device.scores import Score, calibrated_probabilities
 from edgeke.policy.samples import ExitLogits
 from edgeke.policy.temperatures import calibration_error, negative_log_likelihood, reliability
@@ -24,6 +25,11 @@ def point_metrics(policy: Policy, validation: ExitLogits) -> dict[str, float]:
             f"calibration/{label}/cost_share": point.expected_cost(costs),
             f"calibration/{label}/promised_cost_share": policy.promised_cost(point, costs),
         }
+        if point.unsure:
+            metrics[f"calibration/{label}/automation"] = point.automation
+        for each in point.inspections:
+            if each.false_alarms is not None:
+                metrics[f"calibration/{label}/false_alarms"] = each.false_alarms / point.samples
     for result in policy.requirements:
         metrics[f"calibration/{result.name}/met"] = float(result.point is not None)
         if result.point is not None:
@@ -40,7 +46,11 @@ def _promised(policy: Policy, result: RequirementResult) -> float:
         return policy.promised_cost(point, policy.cost_shares, result.delta)
     if result.kind == "min_accuracy":
         return 1 - point.promised("max_error", result.delta, cap)
-    return point.promised("max_degradation", result.delta, cap)
+    risk: Risk = "max_degradation"
+    if result.kind in ("max_miss", "min_recall", "max_sure_error"):
+        risk = cast(Risk, result.kind)
+    bound = point.promised(risk, result.delta, cap, result.class_name)
+    return 1 - bound if result.kind == "min_recall" else bound
 
 
 def exit_metrics(split: ExitLogits, temperatures: Sequence[float], name: str) -> dict[str, float]:

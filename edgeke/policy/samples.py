@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeke.device.scores import vote
+from edgeke.device.scores import biased, vote
 from edgeke.errors import InputError
 from edgeke.policy.cascade import leave_at
 
@@ -83,13 +83,16 @@ class Samples:
 
     `scores` `[E, N]`; `correct` and `log_likelihood` `[E + 1, N]`: whether the answer is right, and
     the logarithm of the probability it gives the label. `reference` `[N]`: where the network is
-    right that degradation is measured against.
+    right that degradation is measured against. `answers` `[E + 1, N, K]` are their probabilities,
+    `labels` `[N]` the images' classes.
     """
 
     scores: NDArray[np.float32]
     correct: NDArray[np.bool_]
     log_likelihood: NDArray[np.float64]
     reference: NDArray[np.bool_]
+    answers: NDArray[np.float32]
+    labels: NDArray[np.int64]
 
     @classmethod
     def of(
@@ -105,7 +108,7 @@ class Samples:
         likelihood = answers[:, np.arange(len(labels)), labels].astype(np.float64)
         correct = answers.argmax(axis=-1) == labels
         reference = correct[len(scores) - 1] if reference is None else reference
-        return cls(scores, correct, np.log(likelihood + _LEAST), reference)
+        return cls(scores, correct, np.log(likelihood + _LEAST), reference, answers, labels)
 
     def gain(self) -> NDArray[np.float64]:
         """What an answer is worth, `[E + 1, N]`: a right one 1, where the reference is wrong half.
@@ -131,6 +134,26 @@ class Samples:
         """Which samples the reference answers right and the thresholds wrong, `[N]`."""
         degraded: NDArray[np.bool_] = self.reference & ~self.correct_at(thresholds)
         return degraded
+
+    def confidence(self) -> NDArray[np.float64]:
+        """The probability of each answer, `[E + 1, N]`."""
+        confidence: NDArray[np.float64] = self.answers.max(axis=-1).astype(np.float64)
+        return confidence
+
+    def answers_at(self, thresholds: Sequence[float]) -> NDArray[np.float32]:
+        """The probabilities with which each sample leaves, `[N, K]`."""
+        exit = self.exits(thresholds)
+        return self.answers[exit, np.arange(len(exit))]
+
+    def labels_at(
+        self, thresholds: Sequence[float], bias: Sequence[float] = (), unsure: bool = False
+    ) -> NDArray[np.int64]:
+        """Each sample's answer, `[N]`; -1 where no exit is sure and that counts as no answer."""
+        answers = self.answers_at(thresholds)
+        answer: NDArray[np.int64] = (biased(answers, bias) if bias else answers).argmax(axis=-1)
+        if unsure:
+            answer = np.where(self.exits(thresholds) == len(self.scores), -1, answer)
+        return answer
 
     def cost(self, thresholds: Sequence[float], costs: Sequence[float]) -> float:
         """The mean cost at costs `[E]`; voted samples pay for the last exit."""

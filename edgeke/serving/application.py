@@ -263,8 +263,8 @@ class Server:
         asked = parse_infer(body, int(length) if length else None, classifier.image_shape, most)
         answers = await batches.answer(asked.images, asked.requirements, arrived)
         self._count(answers)
-        labels = answers.probabilities.argmax(-1)
-        names = np.asarray(classifier.classes, object)
+        labels = np.where(answers.unsure, -1, answers.probabilities.argmax(-1))
+        names = np.asarray([*classifier.classes, "unsure"], object)  # -1 is the last
         values = {
             "label": labels,
             "class_name": names[labels],
@@ -283,11 +283,11 @@ class Server:
         answers = await batches.answer(pixels[None], requirements, arrived)
         self._count(answers)
         probabilities = answers.probabilities[0]
-        label = int(probabilities.argmax())
+        label, unsure = int(probabilities.argmax()), bool(answers.unsure[0])
         return JSONResponse(
             {
-                "class": classifier.classes[label],
-                "label": label,
+                "class": "unsure" if unsure else classifier.classes[label],
+                "label": -1 if unsure else label,
                 "probability": round(float(probabilities[label]), 6),
                 "exit": int(answers.exit[0]),
                 **_said(answers),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeke.device.choice import Request, UnmetError, choose
 from edgeke.device.classifier import Classifier
 from edgeke.device.policy import OperatingPoint
-from edgeke.device.scores import vote
+from edgeke.device.scores import biased, vote
 from edgeke.errors import InputError
 from edgeke.serving.costs import SegmentCosts, measure
 
@@ -56,6 +56,11 @@ class Answers:
     promised: Mapping[str, float]
     seconds: float
     late: bool
+
+    @property
+    def unsure(self) -> NDArray[np.bool_]:
+        """Which images have no answer."""
+        return (self.exit == len(self.point.thresholds)) & self.point.unsure
 
 
 @dataclass(eq=False)
@@ -163,7 +168,7 @@ class Batches:
         self._pool.shutdown()
 
     async def answer(
-        self, images: NDArray[np.uint8], requirements: Mapping[str, float], arrived: float
+        self, images: NDArray[np.uint8], requirements: Mapping[str, Any], arrived: float
     ) -> Answers:
         """Answer images `[N, H, W, C]` within requirements; `arrived` by `time.perf_counter`.
 
@@ -195,7 +200,7 @@ class Batches:
         return await job.done
 
     def _admit(
-        self, count: int, requirements: Mapping[str, float], arrived: float
+        self, count: int, requirements: Mapping[str, Any], arrived: float
     ) -> tuple[OperatingPoint, dict[str, float]]:
         """The point that keeps the requirements with all that waits. Errors: as `answer`."""
         waits = self.backlog + time.perf_counter() - arrived
@@ -212,21 +217,15 @@ class Batches:
         return point
 
     def _choose(
-        self, count: int, requirements: Mapping[str, float], waits: float
+        self, count: int, requirements: Mapping[str, Any], waits: float
     ) -> tuple[OperatingPoint, dict[str, float]]:
         slack, exits = self._slack, range(len(self.policy.macs))
         # A batch that runs is not stopped; its time is in the backlog, but it may take longer.
         before = waits * 1e3
         alone = [before + 1e3 * slack.mean * sum(self.costs.first[: k + 1]) for k in exits]
         worst = [before + 1e3 * slack.worst * self.costs.until(k, count) for k in exits]
-        asked = dict(requirements)
-        request = Request(
-            asked.get("mean_latency_ms"),
-            asked.get("deadline_ms"),
-            asked.get("min_accuracy"),
-            asked.get("max_degradation"),
-            asked.get("delta"),
-        )
+        words = {"mean_latency_ms": "mean_cost", "deadline_ms": "deadline"}
+        request = Request(**{words.get(name, name): v for name, v in requirements.items()})
         point = choose(self.policy, request, alone, worst)
         delta = self.policy.delta if request.delta is None else request.delta
         deepest = len(self.policy.macs) - 1
@@ -236,7 +235,13 @@ class Batches:
         promised = {
             "max_degradation": point.promised("max_degradation", delta, cap),
             "min_accuracy": 1 - point.promised("max_error", delta, cap),
+            "max_sure_error": point.promised("max_sure_error", delta, cap),
         }
+        if (miss := request.max_miss) is not None:
+            promised["max_miss"] = point.promised("max_miss", delta, cap, miss.class_name)
+        if (recall := request.min_recall) is not None:
+            missed = point.promised("min_recall", delta, cap, recall.class_name)
+            promised["min_recall"] = 1 - missed
         kept = {name: value for name, value in promised.items() if math.isfinite(value)}
         return point, kept | {"delta": delta}
 
@@ -326,13 +331,11 @@ class Batches:
                 self._backlog += len(stays) * job.left[segment + 1]
             job.unanswered -= len(part.places) if last else int(leaves.sum())
             if not job.unanswered and not job.done.done():
-                now = time.perf_counter()
-                job.done.set_result(
-                    Answers(
-                        job.exit, job.probabilities, job.point, job.promised,
-                        now - job.arrived, now > job.deadline,
-                    )
-                )  # fmt: skip
+                bias, now = job.point.bias, time.perf_counter()
+                probabilities = biased(job.probabilities, bias) if bias else job.probabilities
+                took, late = now - job.arrived, now > job.deadline
+                answers = Answers(job.exit, probabilities, job.point, job.promised, took, late)
+                job.done.set_result(answers)
 
     def _fail(self, parts: list[_Part], segment: int, error: Exception) -> None:
         """Give up the jobs of a batch that could not run, wherever their images wait."""

@@ -16,7 +16,12 @@ from edgeke.errors import InputError
 
 INPUT = "image"
 OUTPUTS = ("label", "class_name", "probabilities", "exit")
-REQUIREMENTS = ("deadline_ms", "mean_latency_ms", "max_degradation", "min_accuracy", "delta")
+NUMBERS = (
+    "deadline_ms", "mean_latency_ms", "max_degradation", "min_accuracy", "delta", "max_sure_error",
+)  # fmt: skip
+# Of a class: "crack=0.99".
+SHARES = ("max_miss", "min_recall")
+REQUIREMENTS = (*NUMBERS, *SHARES)
 
 _DATATYPES = {"i8": "INT64", "f4": "FP32", "O": "BYTES"}
 _OTHER_PARAMETERS = {"binary_data_output"}
@@ -31,7 +36,7 @@ class InferRequest:
 
     id: str | None
     images: NDArray[np.uint8]
-    requirements: Mapping[str, float]
+    requirements: Mapping[str, Any]
     outputs: Mapping[str, bool]
 
 
@@ -78,11 +83,13 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return content
 
 
-def check_requirements(given: Mapping[str, str]) -> dict[str, float]:
+def check_requirements(given: Mapping[str, str]) -> dict[str, Any]:
     """Requirements from a query's text. Errors: InputError for an unknown one, or no number."""
     parameters = _parameters(dict(given), set(REQUIREMENTS))
     try:
-        return {name: float(value) for name, value in parameters.items()}
+        return {
+            name: value if name in SHARES else float(value) for name, value in parameters.items()
+        }
     except ValueError as error:
         raise InputError(f"a requirement is no number ({error})") from None
 

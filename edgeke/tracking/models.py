@@ -94,7 +94,10 @@ def _register(client: "MlflowClient", parent: "Run", file: Path, name: str) -> s
     import mlflow
 
     requirements = list(inspect.signature(Classifier.predict).parameters)[2:]
-    parameters = ParamSchema([ParamSpec(key, "double", None) for key in requirements])
+    of_class = ("max_miss", "min_recall")  # as text, such as crack=0.99
+    parameters = ParamSchema(
+        [ParamSpec(key, "string" if key in of_class else "double", None) for key in requirements]
+    )
     # What is recorded, and not shown, is advice about type hints.
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True):
         mlflow.pyfunc.save_model(

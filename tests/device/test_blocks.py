@@ -77,8 +77,14 @@ def test_blocks_add_up_to_the_whole(name, layout, precision, tmp_path):
     )
     onnx.save(model, tmp_path / "model.onnx")
     session, votes = open_session(tmp_path / "model.onnx"), np.ones(3, np.float32)
+    none = np.zeros(len(CLASSES), np.float32)
     early, feeds = (
-        {"image": images[:1], "thresholds": np.float32(force_exit(exit, 3)), "votes": votes}
+        {
+            "image": images[:1],
+            "thresholds": np.float32(force_exit(exit, 3)),
+            "votes": votes,
+            "bias": none,
+        }
         for exit in (0, 2)
     )
     calls = {"early": lambda: session.run(None, early), "whole": lambda: session.run(None, feeds)}

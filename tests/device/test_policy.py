@@ -53,7 +53,7 @@ def test_policy_round_trip():
         ("[]", "not an EdgeKE policy"),
         ("[" * 100_000, "not an EdgeKE policy"),
         (changed("surprise", value=1), "incomplete"),
-        (changed("schema", value=2), "policy schema 2 is not 3"),
+        (changed("schema", value=2), "policy schema 2 is not 4.*run the stage calibrate again"),
         (changed("points", value=[]), "names of points"),
         (changed("points", value=[json.loads(TEXT)["points"][0]] * 2), "names of points"),
         (changed("points", value=json.loads(TEXT)["points"][:1]), "a point for every deadline"),

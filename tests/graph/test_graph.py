@@ -8,7 +8,7 @@ from toys import CLASSES, SIZE, randomise
 from edgeke.data.augment import Normalise
 from edgeke.data.dataset import channels_last
 from edgeke.device.policy import force_exit
-from edgeke.device.scores import SCORES, Score, calibrated_probabilities
+from edgeke.device.scores import SCORES, Score, biased, calibrated_probabilities
 from edgeke.device.session import open_session
 from edgeke.errors import InputError
 from edgeke.graph.compose import IR_VERSION, OPSET, compose_cascade
@@ -42,9 +42,10 @@ def torch_logits(network, dataset, images) -> np.ndarray:
     return predict(network, torch.from_numpy(images), normalise).numpy()
 
 
-def run_file(model: onnx.ModelProto, images, thresholds, votes):
+def run_file(model: onnx.ModelProto, images, thresholds, votes, bias=(0.0, 0.0, 0.0)):
     session = open_session(model.SerializeToString())
     feeds = {"thresholds": np.float32(thresholds), "votes": np.float32(votes)}
+    feeds["bias"] = np.float32(bias)
     answers = [session.run(None, {"image": image[None], **feeds}) for image in images]
     return np.concatenate([a[0] for a in answers]), np.concatenate([a[1] for a in answers])
 
@@ -115,6 +116,29 @@ def test_the_composed_file_equals_the_vectorised_cascade(segments, dataset, name
         assert np.allclose(answer, expected.probabilities, atol=1e-5)
         reached |= set(exit.tolist())
     assert reached == {0, 1, 2, 3}
+
+
+def test_a_bias_moves_answers_as_numpy_says_and_zeros_change_no_bit(segments, dataset):
+    pixels = channels_last(dataset["validation"].images)[:20]
+    model, votes, bias = composed(segments), (0.3, 0.3, 0.4), (0.0, 3.0, -1.0)
+    before = next(n for n in model.graph.node if "bias_factors" in n.input).input[0]
+    traced = onnx.ModelProto()
+    traced.CopyFrom(model)
+    traced.graph.output.append(onnx.helper.make_tensor_value_info(before, 1, [1, 3]))
+    session = open_session(traced.SerializeToString())
+    for thresholds in ((0.5, 0.5, 0.5), force_exit(3, 3)):
+        plain, exit = run_file(model, pixels, thresholds, votes)
+        moved, same = run_file(model, pixels, thresholds, votes, bias)
+        assert (exit == same).all()
+        assert np.allclose(moved, biased(plain, bias), atol=1e-6)
+        by_hand = plain * np.exp(bias)
+        assert np.allclose(moved, by_hand / by_hand.sum(axis=1, keepdims=True), atol=1e-5)
+        assert (moved.argmax(-1) != plain.argmax(-1)).any()
+        assert (biased(plain, (0.0,) * 3) == plain).all()
+        feeds = {"thresholds": np.float32(thresholds), "votes": np.float32(votes)}
+        feeds |= {"image": pixels[:1], "bias": np.zeros(3, np.float32)}
+        answer, _, unbiased = session.run(None, feeds)
+        assert (answer == unbiased).all()
 
 
 @pytest.mark.parametrize("name", [*SCORES, "learned"])

@@ -7,7 +7,7 @@ from torch import nn
 from toys import replace, with_recipe
 
 from edgeke.errors import InputError
-from edgeke.learning.fit import fit, kept_epoch
+from edgeke.learning.fit import _Training, fit, kept_epoch
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import CrossEntropy
 from edgeke.learning.predict import evaluate, predict
@@ -50,6 +50,23 @@ def test_the_seed_decides_everything(dataset, plan):
     first, second = train(dataset, plan), train(dataset, plan)
     assert equal(first, second)
     assert not equal(first, train(dataset, replace(plan, seed=1)))
+
+
+def test_balanced_sampling_draws_every_class_equally_often(dataset, plan):
+    labels = torch.zeros(900, dtype=torch.int64)
+    labels[:30] = 1
+    images = Images.of(dataset, CPU)
+    images = replace(images, train=torch.zeros(900, 1, 8, 8), train_labels=labels)
+    network = BranchyNet(single_exit(Backbone("resnet10", 1, len(dataset.classes), 8, 4)))
+
+    def order(sampling: str) -> torch.Tensor:
+        chosen = with_recipe(plan, sampling=sampling)
+        return _Training(
+            network, network, CrossEntropy(), images, chosen, None, None
+        )._order()  # fmt: skip
+
+    assert sorted(order("uniform").tolist()) == list(range(900))
+    assert 380 < (labels[order("balanced")] == 1).sum() < 520
 
 
 @pytest.mark.parametrize(

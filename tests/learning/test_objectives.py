@@ -5,7 +5,8 @@ from torch.nn import functional as F
 from toys import randomise, replace
 
 from edgeke.learning.distances import js, kl, wasserstein
-from edgeke.learning.objectives import CrossEntropy, Distillation, make_objective
+from edgeke.learning.images import Images
+from edgeke.learning.objectives import CrossEntropy, Distillation, class_weights, make_objective
 from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import single_exit
@@ -79,6 +80,23 @@ def test_two_supervisors_are_averaged():
     assert torch.allclose(outcome["distance"][0], (from_teacher + from_main) / 2)
     last = kl(student.logits[1], teacher.logits[0], 4.0).mean()
     assert torch.allclose(outcome["distance"][1], last)
+
+
+def test_balanced_classes_have_the_same_say_in_cross_entropy_and_none_in_distances(dataset, plan):
+    images = Images.of(dataset, torch.device("cpu"))
+    skewed = replace(images, train_labels=torch.tensor([0] * 6 + [1] * 2))
+    weights = class_weights(skewed, replace(plan.optimisation, class_weights="balanced"))
+    assert weights.tolist() == pytest.approx([8 / 18, 8 / 6, 1.0])  # no image of the third
+    assert class_weights(skewed, plan.optimisation) is None
+    student, teacher = fixed(0), fixed(1)
+    outcome = distil([teacher], HALF, labels=CrossEntropy(class_weights=weights))(
+        student, IMAGES, LABELS
+    )
+    each = F.cross_entropy(student.logits[0], LABELS, reduction="none")
+    by_hand = (each * weights[LABELS]).sum() / weights[LABELS].sum()
+    assert torch.allclose(outcome["cross_entropy"][0], by_hand)
+    plain = distil([teacher], HALF)(student, IMAGES, LABELS)
+    assert torch.equal(outcome["distance"], plain["distance"])
 
 
 def test_mixed_targets_are_probabilities():
