@@ -60,7 +60,8 @@ class Answers:
     @property
     def unsure(self) -> NDArray[np.bool_]:
         """Which images have no answer."""
-        return (self.exit == len(self.point.thresholds)) & self.point.unsure
+        unsure: NDArray[np.bool_] = (self.exit == len(self.point.thresholds)) & self.point.unsure
+        return unsure
 
 
 @dataclass(eq=False)
