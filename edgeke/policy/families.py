@@ -85,15 +85,15 @@ def sure_family(samples: Samples, costs: Sequence[float], delta: float) -> Famil
 
     An answer is worth 1, less a price where it is wrong; what no exit is sure of is worth nothing.
     Wrong is half what is observed and half what the probabilities say, so that thresholds do not
-    end just beyond the last error of a small split. Of equals the cheaper. With
-    `sure_all` the full network answers. The first candidate is the one with the least bound to be
-    expected; each next one has more sure images.
+    end just beyond the last error of a small split. Of equals the cheaper. The
+    first candidate is the one with the least bound to be expected; each next one has more sure
+    images. Where none is sure of anything, the full network's answers are the only candidate.
     """
     exits, count = samples.scores.shape
     wrong = 0.5 * ~samples.correct[:exits] + 0.5 * (1 - samples.confidence()[:exits])
     paid = 0.5 * np.asarray(costs, np.float64)[:, None] / costs[-1] / count
     rows = []
-    proposed = [("sure_all", force_exit(exits - 1, exits))]
+    proposed = []
     for rate in _RATES:
         gain = np.zeros((exits + 1, count))
         gain[:exits] = 1 - wrong / rate - paid
@@ -121,7 +121,9 @@ def sure_family(samples: Samples, costs: Sequence[float], delta: float) -> Famil
         else:
             least = row[0]
         kept.append(row)
-    return Family("max_sure_error", None, None, tuple(row[2] for row in kept))
+    everything = Candidate("sure_all", force_exit(exits - 1, exits), (), True)
+    candidates = [row[2] for row in kept] or [everything]
+    return Family("max_sure_error", None, None, tuple(candidates))
 
 
 def pairs_so_far(counts: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], ...]]:
