@@ -1,20 +1,33 @@
 """How good the thresholds are, how long they take, and how often promises hold.
 
-    python -m benchmarks.policy
+    python -m benchmarks.policy [--models FOLDER]
 
 Logits are drawn with a known law (deeper exits are surer, hard images are hard for all), so that
-truth can be counted on 200,000 samples. Compares the solver with every combination of thresholds in
-steps of 0.01, times whole fits, and simulates 1,000 calibration draws. The last line is JSON.
+truth can be counted on 200,000 samples. Compares the solver with every combination of thresholds
+in steps of 0.01, times whole fits, and simulates 1,000 calibration draws. Then the rules of others:
+how often what each promises is broken, on drawn logits, with `--models models` on those of the fp32
+network of a project that has trained (its `data/` beside `models/`), and with `--logits FILE`
+on those of an .npz file: `logits` `[E, N, K]`, `labels` `[N]`, `macs` `[E]`, of which the first
+1,000 are validation. The last line is JSON.
 """
 
+import argparse
 import json
+import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeke.params import Calibrate
+from edgeke.data.dataset import channels_last, load_dataset
+from edgeke.device.choice import Request, UnmetError, choose
+from edgeke.device.manifest import read_manifest
+from edgeke.graph.runner import segment_logits
+from edgeke.params import Calibrate, Requirement
 from edgeke.policy.certify import certify
 from edgeke.policy.fit import fit_policy
 from edgeke.policy.samples import ExitLogits, Samples
@@ -141,7 +154,164 @@ def simulate(samples: int, degradation: float) -> dict[str, float]:
     return {**{name: n / _DRAWS for name, n in broken.items()}, "power": np.mean(paid) / oracle}
 
 
-def main() -> None:
+def safe_kd(calibration: Samples, epsilon: float) -> tuple[float, ...]:
+    """SAFE-KD's thresholds (arXiv 2602.03043): of early answers `epsilon` at most are wrong.
+
+    At every exit the conformal quantile of 1 - p(true class), over all calibration images and not
+    those that reach the exit; an image leaves where its largest probability is as high.
+    """
+    count = calibration.scores.shape[1]
+    place = min(math.ceil((count + 1) * (1 - epsilon)), count) - 1
+    wrongness = np.sort(1 - np.exp(calibration.log_likelihood[:-1]), axis=1)[:, place]
+    return (*(1 - wrongness[:-1]).tolist(), -1.0)
+
+
+def eenet(calibration: Samples, costs: Sequence[float], budget: float) -> tuple[float, ...]:
+    """EENet's rule (Ilhan et al. 2024): shares that leave at each exit, within a mean cost.
+
+    Thresholds are those under which chosen shares of calibration leave. EENet learns the shares;
+    here they are geometric (as in MSDNet), with the ratio that uses the budget up: that changes
+    the error, and not whether the promised cost is kept.
+    """
+    exits, count = calibration.scores.shape
+    low, high = 1e-3, 1e3  # share of an exit over that of the next
+    for _ in range(60):
+        ratio = math.sqrt(low * high)
+        shares = ratio ** -np.arange(exits, dtype=float)
+        shares /= shares.sum()
+        low, high = (low, ratio) if shares @ np.array(costs) <= budget else (ratio, high)
+    waiting, thresholds = np.arange(count), []
+    for exit in range(exits - 1):
+        scores = np.sort(calibration.scores[exit, waiting])[::-1]
+        leave = min(round(float(shares[exit]) * count), len(scores))
+        thresholds.append(float(scores[leave]) if leave < len(scores) else -1.0)
+        waiting = waiting[calibration.scores[exit, waiting] <= np.float32(thresholds[-1])]
+    return (*thresholds, -1.0)
+
+
+def peers(
+    validation: ExitLogits,
+    pool: ExitLogits,
+    costs: Sequence[float],
+    samples: int,
+    epsilon: float,
+    budget: float,
+) -> dict[str, dict[str, float]]:
+    """For each rule: how often its promise is broken in 1,000 draws, and mean results on the pool.
+
+    `error` and `share`: of the images that some exit was sure of (before the last, where the last
+    answers whatever comes); `cost`: mean over all images, as a share of the full network's. Ours
+    answers with the full network where it refuses; that is in `refused`.
+    """
+    macs = [round(1e6 * cost) for cost in costs]
+    ours = replace(_SETTINGS, requirements=(Requirement(max_sure_error=epsilon),))
+    fitted, _ = fit_policy(validation, macs, 10**6, ours)
+    truth, random = fitted.tuning.samples(pool), np.random.default_rng(0)
+    last = len(costs) - 1
+
+    def ask(split: ExitLogits, **limit: float) -> tuple[float, ...] | None:
+        policy = certify(fitted, split, ours)
+        try:
+            return choose(policy, Request(**limit), costs).thresholds  # type: ignore[arg-type]
+        except UnmetError:
+            return None
+
+    rules: dict[str, Callable[[ExitLogits], tuple[float, ...] | None]] = {
+        "SAFE-KD": lambda split: safe_kd(fitted.tuning.samples(split), epsilon),
+        "fixed": lambda split: (*[1 - epsilon] * last, -1.0),
+        "EdgeKE, max_sure_error": lambda split: ask(split, max_sure_error=epsilon),
+        "EENet": lambda split: eenet(fitted.tuning.samples(split), costs, budget),
+        "EdgeKE, max_cost": lambda split: ask(split, mean_cost=budget),
+    }
+    totals = {
+        name: dict.fromkeys(("broken", "refused", "error", "share", "cost"), 0.0) for name in rules
+    }
+    for _ in range(_DRAWS):
+        split = pool.at(random.integers(0, len(pool.labels), samples))
+        for name, rule in rules.items():
+            thresholds, row = rule(split), totals[name]
+            if thresholds is None:
+                row["refused"] += 1
+                row["cost"] += costs[-1]
+                continue
+            exit = truth.exits(thresholds)
+            sure = exit <= last if name.endswith("sure_error") else exit < last
+            error = 1 - truth.correct_at(thresholds)[sure].mean() if sure.any() else 0.0
+            cost = truth.cost(thresholds, costs)
+            by_cost = name in ("EENet", "EdgeKE, max_cost")
+            row["broken"] += cost > budget + 1e-9 if by_cost else error > epsilon
+            row["error"] += error
+            row["share"] += sure.mean()
+            row["cost"] += cost
+    for row in totals.values():
+        answered = max(_DRAWS - row["refused"], 1)
+        row["error"] /= answered
+        row["share"] /= answered
+        for key in ("broken", "refused", "cost"):
+            row[key] /= _DRAWS
+    return totals
+
+
+def of_project(models: Path) -> tuple[ExitLogits, ExitLogits, tuple[int, ...]]:
+    """What a project's fp32 network answers to validation, and to calibration and test; MACs."""
+    folder = models / "segments" / "fp32"
+    manifest = read_manifest(folder)
+    segments = [folder / name for name in manifest.segments]
+    splits = ("validation", "calibration", "test")
+    dataset = load_dataset(models.parent / "data" / "dataset.safetensors", splits)
+    answers = [segment_logits(segments, channels_last(dataset[name].images), 0) for name in splits]
+    labels = [dataset[name].labels for name in splits]
+    pool = ExitLogits(np.concatenate(answers[1:], axis=1), np.concatenate(labels[1:]))
+    return ExitLogits(answers[0], labels[0]), pool, manifest.macs
+
+
+def of_file(file: Path) -> tuple[ExitLogits, ExitLogits, tuple[int, ...]]:
+    """The same of an .npz file: its first 1,000 images, and the others."""
+    with np.load(file) as content:
+        every, macs = ExitLogits(content["logits"], content["labels"]), content["macs"].tolist()
+    places = np.arange(len(every.labels))
+    return every.at(places[:1000]), every.at(places[1000:]), tuple(macs)
+
+
+def print_peers(models: Path | None, file: Path | None) -> dict[str, object]:
+    """The table of docs/comparison.md: calibration has 360 or 1,000 images drawn from the pool."""
+    cases = {"drawn": (draw(1000, 1), draw(20_000, 2), (3, 6, 10), 1000, (0.05, 0.02))}
+    if models is not None:
+        cases[str(models)] = (*of_project(models), 360, (0.02, 0.01))
+    if file is not None:
+        cases[file.stem] = (*of_file(file), 1000, (0.2, 0.1))
+    print("\nrules of others: each promises an error among early answers, or a mean cost")
+    print("| logits | promise | rule | broken | refused | error | share early | cost |")
+    print("| --- " * 8 + "|")
+    results: dict[str, object] = {}
+    for name, (validation, pool, macs, count, epsilons) in cases.items():
+        costs = [each / macs[-1] for each in macs]
+        budget = round((costs[0] + 1) / 2, 2)
+        for epsilon in epsilons:
+            rows = peers(validation, pool, costs, count, epsilon, budget)
+            for rule, row in rows.items():
+                by_cost = rule in ("EENet", "EdgeKE, max_cost")
+                if by_cost and epsilon != epsilons[0]:
+                    continue  # the same again
+                promise = f"cost <= {budget}" if by_cost else f"error <= {epsilon}"
+                print(
+                    f"| {name} | {promise} | {rule} | {100 * row['broken']:.1f} % "
+                    f"| {100 * row['refused']:.1f} % | {100 * row['error']:.2f} % "
+                    f"| {100 * row['share']:.1f} % | {row['cost']:.3f} |"
+                )
+            results[f"{name}, {epsilon}"] = rows
+    return results
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", type=Path, help="models/ of a project that has trained")
+    parser.add_argument("--logits", type=Path, help="an .npz file of logits, labels and macs")
+    parser.add_argument("--peers", action="store_true", help="only the rules of others")
+    options = parser.parse_args(arguments)
+    if options.peers:
+        print(json.dumps(print_peers(options.models, options.logits)))
+        return
     points = gaps(10)
     print("against every combination in steps of 0.01 (3 exits, 1,000 samples, 10 draws):")
     print(f"  accuracy at a budget: worst {max(points):+.2f} points, mean {np.mean(points):+.2f}")
@@ -158,6 +328,7 @@ def main() -> None:
         row = rows[samples] = simulate(samples, epsilon)
         broken = " | ".join(f"{100 * row[column]:.1f} %" for column in columns)
         print(f"| {samples} | {epsilon} | {broken} | {row['power']:.3f} |")
+    others = print_peers(options.models, options.logits)
     print(
         json.dumps(
             {
@@ -165,6 +336,7 @@ def main() -> None:
                 "seconds_4_exits": taken[4],
                 "seconds_17_exits": taken[17],
                 **{f"{name}_broken": max(r[name] for r in rows.values()) for name in columns[:4]},
+                "peers": others,
                 "power_cost_ratio": float(rows[4000]["power"]),
             }
         )
@@ -172,4 +344,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

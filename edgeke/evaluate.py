@@ -102,7 +102,7 @@ def evaluate(
     metrics = {f"test/{name}": value for name, value in measured.metrics.items()}
     frontier: list[Row] = []
     leavers: list[Row] = []
-    named: dict[str, NDArray[np.int64]] = {}  # answers of the points that classes are counted for
+    named: dict[str, NDArray[np.int64]] = {}  # what some points answer
     full = answers[f"exit_{len(policies['fp32'].macs) - 1}"].argmax(-1) == test.labels
     for precision, policy in policies.items():
         prefix = _PREFIXES[precision]
@@ -117,16 +117,12 @@ def evaluate(
             if result.kind != "frontier":
                 metrics |= {f"test/{result.name}/{key}": value for key, value in values.items()}
         frontier += _frontier(precision, results, measures, measured.metrics)
+        metrics |= inspected(policy, prefix, answered, test.labels, full, classes)
+        metrics |= kept(policy, metrics, prefix)
         leavers += left
     for row in leavers:
         values = {key: value for key, value in row.items() if isinstance(value, float)}
         metrics |= {f"test/{row['point']}/{row['exit']}/{key}": v for key, v in values.items()}
-    for precision, policy in policies.items():
-        prefix = _PREFIXES[precision]
-        found = answers[f"exit_{len(policies['fp32'].macs) - 1}"].argmax(-1) == test.labels
-        inspected = _inspected(policy, prefix, named, test.labels, found, classes)
-        metrics |= inspected
-        metrics |= kept(policy, metrics, prefix)
     named = {name: a for name, a in named.items() if name.split("/")[-1] in _BY_CLASS}
     tables = {name: class_rows(answer, test.labels, classes) for name, answer in named.items()}
     for name, rows in tables.items():
@@ -155,7 +151,7 @@ def evaluate(
     )
 
 
-def _inspected(
+def inspected(
     policy: Policy,
     prefix: str,
     named: Mapping[str, NDArray[np.int64]],

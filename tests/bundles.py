@@ -4,7 +4,7 @@ from pathlib import Path
 
 import onnx
 from draws import settings
-from toys import CLASSES, SIZE
+from toys import CLASSES, SIZE, replace
 
 from edgeke.calibrate import compose
 from edgeke.data.dataset import Dataset, channels_last
@@ -18,7 +18,13 @@ MACS, MAIN = (60, 80, 110), 90
 
 
 def build(
-    folder: Path, segments: list, score: str, suffix: str, dataset: Dataset, blocks: tuple = ()
+    folder: Path,
+    segments: list,
+    score: str,
+    suffix: str,
+    dataset: Dataset,
+    blocks: tuple = (),
+    requirements: tuple = (),
 ) -> Path:
     """A folder with the one file and the segments of a precision."""
     place = folder / "segments" / (suffix[1:] or "fp32")
@@ -36,7 +42,8 @@ def build(
         for name in ("validation", "calibration")
     )
     chosen = settings(score=score, proportions={"of_reaching": [0.5, 0.5, 0.9]})
-    fitted, _ = fit_policy(validation, MACS, MAIN, chosen)
+    chosen = replace(chosen, requirements=requirements)
+    fitted, _ = fit_policy(validation, MACS, MAIN, chosen, CLASSES)
     policy = certify(fitted, calibration, chosen)
     model = compose(files, policy, manifest)
     (folder / f"edgeke{suffix}.onnx").write_bytes(model)

@@ -14,7 +14,7 @@ from edgeke.device.manifest import MANIFEST, Manifest
 from edgeke.device.policy import RequirementResult
 from edgeke.device.scores import Score, calibrated_probabilities
 from edgeke.errors import InputError
-from edgeke.evaluate import Evaluation, evaluate, headline, kept
+from edgeke.evaluate import Evaluation, evaluate, headline, inspected, kept
 from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static, list_blocks
@@ -220,6 +220,30 @@ def test_kept_compares_each_requirement_with_its_own_number(built):
         "test/max_cost_0.9/kept": 0,
         "test/min_accuracy_0.9/kept": 1,
     }
+
+
+def test_promises_about_some_images_are_compared_with_the_test_split(built):
+    labels, full = np.array([0, 0, 1, 1, 1, 1]), np.array([True, True, True, True, True, False])
+    named = {
+        "int8/max_miss_b_0.3": np.array([1, 0, 0, 1, 1, 0]),
+        "int8/min_recall_b_0.7": np.array([1, 0, 0, 1, 1, 1]),
+        "int8/max_sure_error_0.1": np.array([0, -1, 1, 0, -1, 1]),
+    }
+    rows = (("max_miss", 0.3, "b"), ("min_recall", 0.7, "b"), ("max_sure_error", 0.1, None))
+    requirements = tuple(
+        RequirementResult(name.removeprefix("int8/"), kind, bound, 0.1, "full", None, class_name)
+        for name, (kind, bound, class_name) in zip(named, rows, strict=True)
+    )
+    policy = replace(built[1]["int8"][0], requirements=requirements)
+    metrics = inspected(policy, "int8/", named, labels, full, ("a", "b"))
+    assert metrics == {
+        "test/int8/max_miss_b_0.3/miss": 1 / 4,  # the full network misses the last one, too
+        "test/int8/min_recall_b_0.7/recall": 3 / 4,
+        "test/int8/min_recall_b_0.7/false_alarms": 1 / 6,
+        "test/int8/max_sure_error_0.1/sure_error": 1 / 4,
+        "test/int8/max_sure_error_0.1/automation": pytest.approx(4 / 6),
+    }
+    assert list(kept(policy, metrics, "int8/").values()) == [1, 1, 0]
 
 
 def test_broken_files_are_refused(built, dataset, tmp_path: Path):

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeke.device.policy import Risk
+from edgeke.device.policy import Risk, force_exit
 from edgeke.policy.candidates import Candidate, FixedSequence
 from edgeke.policy.samples import Samples
 from edgeke.policy.solver import best_thresholds
 
 _BASES = 3  # sets of thresholds for the biases of a class
 _RATES = np.geomspace(0.001, 0.3, 12)  # errors that pay for one more sure image
+# Of candidates whose expected bounds are within this ratio one is tested: any other promises little
+# more, and is one more test that can fail.
+_APART = 1.3
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,23 @@ def sure_family(samples: Samples, costs: Sequence[float], delta: float) -> Famil
 
     An answer is worth 1, less a price where it is wrong; what no exit is sure of is worth nothing.
     Wrong is half what is observed and half what the probabilities say, so that thresholds do not
-    end just beyond the last error of a small split. Of equals the cheaper. The first candidate is
-    the one with the least bound to be expected; each next one has more sure images.
+    end just beyond the last error of a small split. Of equals the cheaper. The
+    first candidate is the one with the least bound to be expected; each next one has more sure
+    images. Where none is sure of anything, the full network's answers are the only candidate.
     """
     exits, count = samples.scores.shape
     wrong = 0.5 * ~samples.correct[:exits] + 0.5 * (1 - samples.confidence()[:exits])
     paid = 0.5 * np.asarray(costs, np.float64)[:, None] / costs[-1] / count
     rows = []
+    proposed = []
     for rate in _RATES:
         gain = np.zeros((exits + 1, count))
         gain[:exits] = 1 - wrong / rate - paid
         gain[exits] = -paid[-1]
         (thresholds,) = best_thresholds(samples, gain, costs, [costs[-1]])
-        if thresholds is None:
-            continue
+        if thresholds is not None:
+            proposed.append((f"sure_{rate:.2g}", thresholds))
+    for name, thresholds in proposed:
         exit = samples.exits(thresholds)
         sure = exit < exits
         if not sure.any():
@@ -103,15 +109,21 @@ def sure_family(samples: Samples, costs: Sequence[float], delta: float) -> Famil
         error = float(wrong[exit[sure], np.flatnonzero(sure)].mean())
         surprise = math.log(1 / delta) / sure.sum()  # how far a rate exceeds what is observed
         bound = error + math.sqrt(2 * surprise * error) + surprise
-        rows.append((bound, -int(sure.sum()), Candidate(f"sure_{rate:.2g}", thresholds, (), True)))
+        rows.append((bound, -int(sure.sum()), Candidate(name, thresholds, (), True)))
     rows.sort(key=lambda row: row[:2])
-    kept: list[Candidate] = []
-    most = 0
-    for _, sure_images, candidate in rows:
-        if -sure_images > most:
-            most = -sure_images
-            kept.append(candidate)
-    return Family("max_sure_error", None, None, tuple(kept))
+    kept: list[tuple[float, int, Candidate]] = []
+    least = 0.0  # bound of a group, of which the candidate with most sure images is kept
+    for row in rows:
+        if kept and row[1] >= kept[-1][1]:  # no more sure images
+            continue
+        if kept and row[0] <= _APART * least:
+            kept.pop()
+        else:
+            least = row[0]
+        kept.append(row)
+    everything = Candidate("sure_all", force_exit(exits - 1, exits), (), True)
+    candidates = [row[2] for row in kept] or [everything]
+    return Family("max_sure_error", None, None, tuple(candidates))
 
 
 def pairs_so_far(counts: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], ...]]:

@@ -76,7 +76,7 @@ def test_promises_about_some_images_are_kept(simulated, risk, delta):
             np.mean([any(truth[risk, point] > epsilon for point in points) for points in kept])
         )
     assert max(broken) <= delta + 3 * (delta * (1 - delta) / DRAWS) ** 0.5
-    assert max(certified) > 0.5
+    assert max(certified) > 0.2
     assert max(broken) > 0.01  # a test of promises far from the truth would be empty
 
 
