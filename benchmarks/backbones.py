@@ -106,7 +106,8 @@ def write_cifar(folder: Path, classes: int = 20) -> None:
 
 def run(content: dict[str, Any], stages: tuple[str, ...] = STAGES) -> dict[str, dict[str, float]]:
     """Run stages in the current folder; their metrics."""
-    log = SimpleNamespace(epoch=lambda *_: None, headline=lambda *_: None, model=lambda *_: None)
+    ignored = dict.fromkeys(("epoch", "headline", "model"), lambda *_: None)
+    log = SimpleNamespace(**ignored, cleanups=[])
     parsed, metrics = params.parse(content), {}
     for stage in tqdm(stages, desc="stages"):
         metrics[stage] = import_module(f"stages.{stage}").run(parsed, log)

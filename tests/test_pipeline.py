@@ -59,7 +59,9 @@ def test_the_plots_draw(clone: Path):
     shown = json.loads(run(clone, "dvc", "plots", "show", "--json"))
     assert shown.get("errors") in (None, [])
     names = {"training loss", "accuracy against cost", "accuracy against time", "exit shares"}
-    assert set(shown["data"]) == names | {"reliability", "profile"}
+    assert set(shown["data"]) == names | {
+        "reliability", "profile", "confusion", "confusion of the full network",
+    }  # fmt: skip
     profile = shown["data"]["profile"][0]["content"]["data"]["values"]
     assert {"normalise", "layer4.0"} <= {row["name"] for row in profile}
     frontier = shown["data"]["accuracy against cost"][0]["content"]["data"]["values"]
