@@ -29,6 +29,7 @@ LOG = SimpleNamespace(
     epoch=lambda *arguments: None,
     headline=lambda *arguments: None,
     model=lambda *arguments: None,
+    cleanups=[],
 )
 
 
