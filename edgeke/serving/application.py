@@ -250,9 +250,10 @@ class Server:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _infer(self, request: Request) -> Response:
-        arrived, batches = time.perf_counter(), self._open_batches
-        batches.check_load()
+        arrived = time.perf_counter()
+        self._open_batches.check_load()
         body = await self._body(request)
+        batches = self._open_batches  # the model may have been replaced meanwhile
         length = request.headers.get("inference-header-content-length")
         if length is not None and not (length.isascii() and length.isdigit()):
             raise InputError(
@@ -275,10 +276,12 @@ class Server:
         return Response(content, headers=headers)
 
     async def _classify(self, request: Request) -> Response:
-        arrived, batches = time.perf_counter(), self._open_batches
-        batches.check_load()
+        arrived = time.perf_counter()
+        self._open_batches.check_load()
         requirements = check_requirements(dict(request.query_params))
-        body, classifier = await self._body(request), batches.classifier
+        body = await self._body(request)
+        batches = self._open_batches
+        classifier = batches.classifier
         pixels = await asyncio.to_thread(_decode, body, classifier)
         answers = await batches.answer(pixels[None], requirements, arrived)
         self._count(answers)
@@ -305,7 +308,7 @@ class Server:
         limit = self.settings.body_limit
         sentence = f"the body is larger than {limit} bytes"
         length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > limit:
+        if not (length.isascii() and length.isdigit()) or int(length) > limit:
             raise HTTPException(413, sentence)
         body = bytearray()
 

@@ -178,6 +178,8 @@ class Batches:
         """
         if not len(images):
             raise InputError("there are no images to answer")
+        if self._closing:
+            raise BusyError("the model is being replaced; ask again", 1.0)
         point, promised = self._admit(len(images), requirements, arrived)
         count, classes = len(images), len(self.classifier.classes)
         reached = np.asarray(point.reached, float)

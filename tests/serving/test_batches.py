@@ -154,3 +154,14 @@ def test_no_images_are_refused(toy, images):
             await batches.answer(images[:0], {}, time.perf_counter())
 
     run(toy, ask)
+
+
+def test_a_model_that_was_replaced_refuses_instead_of_never_answering(toy, images):
+    """A request whose body arrives while SIGHUP closes the old model."""
+
+    async def ask(batches):
+        await batches.close()
+        with pytest.raises(BusyError, match="being replaced"):
+            await asyncio.wait_for(batches.answer(images[:1], {}, time.perf_counter()), 5)
+
+    run(toy, ask)
