@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from edgeke.policy.certify import certify
 from edgeke.policy.fit import fit_policy
 from edgeke.policy.report import exit_metrics, point_metrics, reliability_rows
 from edgeke.policy.samples import ExitLogits, one_of_each
+from edgeke.policy.temperatures import best_exit
 
 # Probabilities of the composed file and of NumPy differ by rounding alone.
 _TOLERANCE = 1e-5
@@ -35,14 +36,14 @@ _OTHERS = 8
 class Calibrated:
     """A policy, the one file that carries it, and what was measured on the way.
 
-    `full_correct` `[N]` by split: where the full network is right, the reference of other
-    precisions. `reliability` has the rows of the diagram.
+    `reference` `[N]` by split: where the network is right that degradation is measured against.
+    `reliability` has the rows of the diagram.
     """
 
     policy: Policy
     model: bytes
     metrics: dict[str, float]
-    full_correct: dict[str, NDArray[np.bool_]]
+    reference: Mapping[str, NDArray[np.bool_]]
     reliability: list[dict[str, object]]
 
 
@@ -51,23 +52,28 @@ def calibrate(
     manifest: Manifest,
     splits: Mapping[str, Split],
     settings: Calibrate,
-    reference: Mapping[str, NDArray[np.bool_]] | None = None,
+    fp32: Calibrated | None = None,
 ) -> Calibrated:
     """Fit a policy to what the segments answer, certify it, and compose the one file.
 
     `splits` are `validation` and `calibration`; of the latter's groups one image each is used
-    (docs/promises.md). `reference` `[N]` by split says where the network
-    is right that degradation is measured against (default: these segments' own full network).
+    (docs/promises.md). Degradation is measured against the exit that is best on validation, in
+    other precisions against that of `fp32`, the same network's.
     Errors: InputError when the file does not compute its policy.
     """
-    answers = {}
-    for name in ("validation", "calibration"):
-        logits = segment_logits(segments, channels_last(splits[name].images), 0)
-        answers[name] = ExitLogits(
-            logits, splits[name].labels, None if reference is None else reference[name]
-        )
+    answers = {
+        name: ExitLogits(segment_logits(segments, channels_last(split.images), 0), split.labels)
+        for name, split in splits.items()
+        if name in ("validation", "calibration")
+    }
+    if fp32 is None:
+        on_validation = answers["validation"]
+        exit = best_exit(on_validation.logits, on_validation.labels)
+        reference = {name: split.correct_at(exit) for name, split in answers.items()}
+    else:
+        exit, reference = fp32.policy.reference_exit, dict(fp32.reference)
+    answers = {name: replace(split, reference=reference[name]) for name, split in answers.items()}
     validation = answers["validation"]
-    full_correct = {name: split.full_correct for name, split in answers.items()}
     fitted, metrics = fit_policy(
         validation, manifest.macs, manifest.main_macs, settings, manifest.classes
     )
@@ -75,13 +81,14 @@ def calibrate(
     if groups is not None:
         answers["calibration"] = answers["calibration"].at(one_of_each(groups))
     policy = certify(fitted, answers["calibration"], settings)
+    policy = replace(policy, reference_exit=exit)
     metrics |= point_metrics(policy, validation)
     for name, split in answers.items():
         metrics |= exit_metrics(split, policy.temperatures, name)
     model = compose(segments, policy, manifest)
     metrics |= check_composed(model, policy, validation, splits["validation"])
     rows = reliability_rows(answers["calibration"], policy.temperatures)
-    return Calibrated(policy, model, metrics, full_correct, rows)
+    return Calibrated(policy, model, metrics, reference, rows)
 
 
 def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> bytes:

@@ -24,7 +24,7 @@ from edgeke.policy.classes import class_metrics, class_rows, useless
 from edgeke.policy.intervals import share_interval
 from edgeke.remote import run_folder
 
-# What names begin with in a precision; fp32 first, whose full network is everybody's reference.
+# What names begin with in a precision; fp32 first, whose policy names the reference exit.
 _PREFIXES = {"fp32": "", "int8": "int8/"}
 _TIE = 1e-6
 _BY_CLASS = ("default", "full")
@@ -69,15 +69,15 @@ class _Result:
     correct: NDArray[np.bool_]
     macs: float
 
-    def measures(self, main_macs: int, full: NDArray[np.bool_]) -> dict[str, float]:
-        """Accuracy with its interval, cost, and how often only the full network is right."""
+    def measures(self, main_macs: int, reference: NDArray[np.bool_]) -> dict[str, float]:
+        """Accuracy with its interval, cost, and how often only the reference `[N]` is right."""
         low, high = share_interval(int(self.correct.sum()), len(self.correct))
         return {
             "accuracy": float(self.correct.mean()),
             "accuracy_low": low,
             "accuracy_high": high,
             "cost_share": self.macs / main_macs,
-            "degradation": float((full & ~self.correct).mean()),
+            "degradation": float((reference & ~self.correct).mean()),
         }
 
 
@@ -103,7 +103,9 @@ def evaluate(
     frontier: list[Row] = []
     leavers: list[Row] = []
     named: dict[str, NDArray[np.int64]] = {}  # what some points answer
-    full = answers[f"exit_{len(policies['fp32'].macs) - 1}"].argmax(-1) == test.labels
+    fp32 = policies["fp32"]
+    exit = fp32.reference_exit % len(fp32.macs)
+    reference = answers[f"exit_{exit}"].argmax(-1) == test.labels
     for precision, policy in policies.items():
         prefix = _PREFIXES[precision]
         results, left, answered = _cascade(prefix, policy, answers, measured.traces, test.labels)
@@ -112,12 +114,12 @@ def evaluate(
             correct = answers[prefix + name].argmax(-1) == test.labels
             label = prefix + name if name in _LABELLED else ""
             results.append(_Result(prefix + name, label, "static network", correct, macs))
-        measures = [result.measures(static_macs["main"], full) for result in results]
+        measures = [result.measures(static_macs["main"], reference) for result in results]
         for result, values in zip(results, measures, strict=True):
             if result.kind != "frontier":
                 metrics |= {f"test/{result.name}/{key}": value for key, value in values.items()}
         frontier += _frontier(precision, results, measures, measured.metrics)
-        metrics |= inspected(policy, prefix, answered, test.labels, full, classes)
+        metrics |= inspected(policy, prefix, answered, test.labels, reference, classes)
         metrics |= kept(policy, metrics, prefix)
         leavers += left
     for row in leavers:
@@ -156,12 +158,12 @@ def inspected(
     prefix: str,
     named: Mapping[str, NDArray[np.int64]],
     labels: NDArray[np.int64],
-    full: NDArray[np.bool_],
+    reference: NDArray[np.bool_],
     classes: Sequence[str],
 ) -> dict[str, float]:
     """What requirements about some of the images come to on the test split.
 
-    `full` `[N]`: where the full network is right. Shares of no images are left out.
+    `reference` `[N]`: where the reference exit is right. Shares of no images are left out.
     """
     metrics = {}
     for requirement in policy.requirements:
@@ -174,7 +176,7 @@ def inspected(
             about = labels == classes.index(requirement.class_name)
         bad = (answers != labels)[about]
         if requirement.kind == "max_miss":
-            bad = bad & full[about]
+            bad = bad & reference[about]
         if requirement.kind == "max_sure_error":
             metrics[f"test/{name}/automation"] = float(about.mean())
         if len(bad):

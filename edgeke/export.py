@@ -25,6 +25,7 @@ from edgeke.learning.predict import predict
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.cost import exit_costs
 from edgeke.params import Export
+from edgeke.policy.temperatures import best_exit
 
 Graphs = Sequence[onnx.ModelProto]
 _Losses = list[tuple[float, float]]  # per exit: accuracy lost, and two standard errors of it
@@ -45,20 +46,25 @@ def export(
     """Write `segments/{fp32,int8}/` and `static/<name>[.int8].onnx` below `models`.
 
     `static` holds single-exit networks by name, each with its own normalisation, `main` (the main
-    exit alone) among them; costs are shares of its. Every exit and static network is compared with
-    PyTorch on training images. In int8 the last linear layer of every exit is fitted again on
-    training images. Where one loses more on validation than is tolerated, depthwise convolutions
-    stay in single precision from there on, or everywhere, if that loses less; two standard errors
-    beyond the tolerance are taken for chance. Returns the metrics. Errors: InputError, with nothing
-    written, when anything is off by more than its tolerance.
+    exit alone) among them; costs are shares of its. Exits behind the one that is best on validation
+    are left out, in both precisions, unless `settings.exits` says otherwise. Every exit and static
+    network is compared with PyTorch on training images. In int8 the last linear layer of every exit
+    is fitted again on training images. Where one loses more on validation than is tolerated,
+    depthwise convolutions stay in single precision from there on, or everywhere, if that loses
+    less; two standard errors beyond the tolerance are taken for chance. Returns the metrics.
+    Errors: InputError, with nothing written, when anything is off by more than its tolerance.
     """
     channels, height, width = preprocessing.image_shape
     size = (height, width)
+    metrics: dict[str, float] = {}
+    if settings.exits == "useful":
+        best, metrics = _best_exit(network, preprocessing, validation)
+        network = network.until(best)
     segments = export_segments(network, preprocessing.mean, preprocessing.std, size)
     graphs = {
         name: export_static(alone, own.mean, own.std, size) for name, (alone, own) in static.items()
     }
-    metrics = _check_parity(segments, graphs, network, static, preprocessing, train, settings)
+    metrics |= _check_parity(segments, graphs, network, static, preprocessing, train, settings)
     segments_int8, changes = _to_int8("exit_", segments, train, validation, settings)
     metrics |= changes
     graphs_int8: dict[str, onnx.ModelProto] = {}
@@ -107,6 +113,52 @@ def export(
     return metrics
 
 
+def _best_exit(
+    network: BranchyNet, preprocessing: Preprocessing, validation: Split
+) -> tuple[int, dict[str, float]]:
+    """The last exit to ship: the best on validation, or the second if that is the first.
+
+    A policy chooses between two at least. Also returns how many exits are left out, and the
+    accuracy of the best and of those.
+    """
+    logits = _answers(network, preprocessing, validation.images)
+    labels = validation.labels
+    best = best_exit(logits, labels)
+    last = max(best, 1)
+    metrics = {"validation/exits_left_out": float(len(logits) - 1 - last)}
+    if last < len(logits) - 1:
+        for exit in (best, *range(last + 1, len(logits))):
+            right = logits[exit].argmax(-1) == labels
+            metrics[f"validation/exit_{exit}/accuracy"] = float(right.mean())
+    return last, metrics
+
+
+def left_out(metrics: Mapping[str, float]) -> str | None:
+    """A line that says which exits are not shipped and why; None where all are."""
+    accuracy = {
+        int(name.split("_")[-1].removesuffix("/accuracy")): 100 * value
+        for name, value in metrics.items()
+        if name.startswith("validation/exit_") and name.endswith("/accuracy")
+    }
+    if not accuracy:
+        return None
+    (best, at_best), *others = accuracy.items()
+    words = ", ".join(f"exit {exit} {value:.1f} %" for exit, value in others)
+    return (
+        f"note: not shipped, since on validation they are no better than exit {best} "
+        f"({at_best:.1f} % right) and cost more: {words}. To ship them too: export.exits=all"
+    )
+
+
+def _answers(
+    network: BranchyNet, own: Preprocessing, images: NDArray[np.uint8]
+) -> NDArray[np.float32]:
+    """What PyTorch answers at every exit, `[E, N, K]`."""
+    normalise = Normalise(own.mean, own.std, torch.device("cpu"))
+    answers: NDArray[np.float32] = predict(network, torch.tensor(images), normalise).numpy()
+    return answers
+
+
 def _check_parity(
     segments: Graphs,
     graphs: Mapping[str, onnx.ModelProto],
@@ -118,21 +170,15 @@ def _check_parity(
 ) -> dict[str, float]:
     """Compare probabilities with PyTorch's."""
     images = train.images[: settings.parity_images]
-    for_torch, for_onnx = torch.tensor(images), channels_last(images)
-
-    def logits_of(alone: BranchyNet, own: Preprocessing) -> NDArray[np.float32]:
-        normalise = Normalise(own.mean, own.std, torch.device("cpu"))
-        answers: NDArray[np.float32] = predict(alone, for_torch, normalise).numpy()
-        return answers
-
+    for_onnx = channels_last(images)
     pairs = {
         f"exit_{exit}": pair
         for exit, pair in enumerate(
-            zip(logits_of(network, preprocessing), _logits(segments, for_onnx), strict=True)
+            zip(_answers(network, preprocessing, images), _logits(segments, for_onnx), strict=True)
         )
     }
     for name, graph in graphs.items():
-        pairs[name] = (logits_of(*static[name])[0], _logits([graph], for_onnx)[0])
+        pairs[name] = (_answers(*static[name], images)[0], _logits([graph], for_onnx)[0])
     return {
         f"train/{name}/parity_difference": check_close(
             f"{name} in ONNX",

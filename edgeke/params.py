@@ -186,6 +186,7 @@ class Export:
     quantisation_images: Count
     int8_tolerance: Annotated[Number, Field(gt=0, le=1)]
     weight_bits: Literal[7, 8]
+    exits: Literal["useful", "all"] = "useful"
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -16,13 +16,13 @@ from stages._entry import entry
 def run(params: Params, log: Run) -> dict[str, float]:
     dataset = load_dataset(Path("data/dataset.safetensors"), ("validation", "calibration"))
     models, metrics = Path("models"), {}
-    reference = None  # degradation of int8 too is measured against the full network of fp32
+    fp32 = None
     for precision, suffix, prefix in (("fp32", "", ""), ("int8", ".int8", "int8/")):
         folder = models / "segments" / precision
         manifest = read_manifest(folder)
         segments = [folder / name for name in manifest.segments]
-        result = calibrate(segments, manifest, dataset.splits, params.calibrate, reference)
-        reference = reference or result.full_correct
+        result = calibrate(segments, manifest, dataset.splits, params.calibrate, fp32)
+        fp32 = fp32 or result
         if result.policy.unmet:
             print(warning(precision, result.policy), file=sys.stderr)
         for key, value in result.metrics.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from edgeke.data.dataset import load_dataset
-from edgeke.export import export
+from edgeke.export import export, left_out
 from edgeke.learning.checkpoints import load_checkpoint
 from edgeke.params import Params
 from edgeke.tracking.runs import Run
@@ -23,7 +23,10 @@ def run(params: Params, log: Run) -> dict[str, float]:
         static[f"branch_{exit}"] = load_checkpoint(models / "branches" / str(exit), cpu)
     dataset = load_dataset(Path("data/dataset.safetensors"), ("train", "validation"))
     train, validation = dataset["train"], dataset["validation"]
-    return export(network, static, preprocessing, train, validation, params.export, models)
+    metrics = export(network, static, preprocessing, train, validation, params.export, models)
+    if line := left_out(metrics):
+        print(line, file=sys.stderr)
+    return metrics
 
 
 if __name__ == "__main__":

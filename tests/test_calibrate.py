@@ -9,10 +9,12 @@ from draws import draw, settings
 from toys import CLASSES, SIZE, replace
 
 from edgeke.calibrate import calibrate, check_composed, compose
+from edgeke.data.dataset import channels_last
 from edgeke.device.manifest import Manifest
 from edgeke.device.policy import parse_policy
 from edgeke.device.session import open_session
 from edgeke.errors import InputError
+from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments
 from edgeke.params import Requirement
 from edgeke.policy.certify import certify
@@ -111,8 +113,31 @@ def test_of_each_group_one_calibration_image_is_counted(network, dataset, tmp_pa
     groups = np.arange(len(split.labels)) // 3
     splits = {**dataset.splits, "calibration": replace(split, groups=groups)}
     fp32 = calibrate(files, manifest, splits, settings())
-    int8 = calibrate(files, manifest, splits, settings(), fp32.full_correct)
+    int8 = calibrate(files, manifest, splits, settings(), fp32)
     for result in (fp32, int8):
         assert {point.samples for point in result.policy.points} == {len(split.labels) // 3}
     metadata = open_session(fp32.model).get_modelmeta().custom_metadata_map
     assert json.loads(metadata["fit"]) == "pad"
+
+
+def test_degradation_is_measured_against_the_best_exit(network, dataset, tmp_path: Path):
+    """A main exit that knows less than an earlier one is no reference, in no precision."""
+    files = []
+    for number, model in enumerate(export_segments(network, dataset.mean, dataset.std, SIZE)):
+        files.append(tmp_path / f"{number}.onnx")
+        onnx.save(model, files[-1])
+    manifest = Manifest(tuple(f.name for f in files), MACS, MAIN, CLASSES, (SIZE, SIZE, 1))
+    splits = {}
+    for name in ("validation", "calibration"):
+        split = dataset[name]
+        answers = segment_logits(files, channels_last(split.images), 1).argmax(-1)
+        splits[name] = replace(split, labels=answers[1].astype(np.int64))  # exit 1 is always right
+    fp32 = calibrate(files, manifest, splits, settings())
+    again = calibrate(files, manifest, splits, settings(), fp32)
+    wrong = int((answers[2] != answers[1]).sum())
+    assert wrong > 0
+    for result in (fp32, again):
+        assert result.policy.reference_exit == 1
+        full = result.policy.point("full")
+        assert (full.degraded, full.wrong) == (wrong, wrong)
+        assert parse_policy(json.dumps(result.policy.to_json())) == result.policy

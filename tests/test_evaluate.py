@@ -46,7 +46,7 @@ def built(dataset, tmp_path_factory):
         onnx.save(static, models / "static" / f"{name}.onnx")
         onnx.save(quantise(static, images), models / "static" / f"{name}.int8.onnx")
     chosen = settings(score="learned", requirements=(Requirement(max_degradation=0.6),))
-    reference = None
+    fp32 = None
     policies = {}
     for precision, graphs in both.items():
         folder = models / "segments" / precision
@@ -57,8 +57,8 @@ def built(dataset, tmp_path_factory):
         manifest = Manifest(names, MACS, MAIN, CLASSES, (SIZE, SIZE, 1), blocks=blocks)
         (folder / MANIFEST).write_text(manifest.to_json())
         files = [folder / name for name in manifest.segments]
-        done = calibrate(files, manifest, dataset.splits, chosen, reference)
-        reference = reference or done.full_correct
+        done = calibrate(files, manifest, dataset.splits, chosen, fp32)
+        fp32 = fp32 or done
         suffix = "" if precision == "fp32" else ".int8"
         (models / f"edgeke{suffix}.onnx").write_bytes(done.model)
         logits = segment_logits(files, channels_last(dataset["test"].images), 1)

@@ -11,10 +11,12 @@ from toys import CLASSES, SIZE, randomise, replace
 from edgeke import export as module
 from edgeke import files
 from edgeke.data.augment import Normalise
+from edgeke.data.dataset import channels_last
 from edgeke.device.manifest import read_manifest
 from edgeke.errors import InputError
-from edgeke.export import export
+from edgeke.export import export, left_out
 from edgeke.graph import segments
+from edgeke.graph.runner import segment_logits
 from edgeke.learning.checkpoints import Preprocessing
 from edgeke.learning.predict import predict
 from edgeke.networks.architecture import Backbone
@@ -29,6 +31,7 @@ SETTINGS = Export(
     quantisation_images=40,
     int8_tolerance=0.2,
     weight_bits=7,
+    exits="all",
 )
 
 
@@ -69,6 +72,40 @@ def test_everything_is_written_and_equal_to_pytorch(network, static, dataset, tm
         assert 0 <= metrics[f"train/{name}/parity_difference"] < 1e-4
         assert metrics[f"validation/{name}/int8_accuracy_lost"] <= 0.2
         assert f"validation/{name}/int8_accuracy_lost_before_refit" in metrics
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_exits_behind_the_best_on_validation_are_not_shipped(
+    network, static, dataset, tmp_path: Path, best
+):
+    """Labels are what exit `best` answers, so that it is right everywhere; two exits are left."""
+    split = dataset["validation"]
+    own = Preprocessing.of(dataset)
+    normalise = Normalise(own.mean, own.std, torch.device("cpu"))
+    logits = predict(network, torch.tensor(split.images), normalise)
+    labels = logits[best].argmax(-1).numpy()
+    settings = replace(SETTINGS, exits="useful")
+    metrics = run(network, static, dataset, tmp_path, settings, replace(split, labels=labels))
+    shipped = max(best + 1, 2)
+    whole = exit_costs(network, SIZE)
+    for precision in ("fp32", "int8"):
+        manifest = read_manifest(tmp_path / "segments" / precision)
+        assert len(manifest.segments) == shipped
+        assert list(manifest.macs) == [cost.macs for cost in whole[:shipped]]
+        assert manifest.main_macs == metrics["cost/main/macs"]
+        files = [tmp_path / "segments" / precision / name for name in manifest.segments]
+        answers = segment_logits(files, channels_last(split.images), 1)
+        if precision == "fp32":
+            assert np.abs(answers - logits[:shipped].numpy()).max() < 1e-3
+    assert metrics["validation/exits_left_out"] == 3 - shipped
+    line = left_out(metrics)
+    if shipped == 3:
+        assert line is None
+        return
+    accuracy = 100 * float((logits[2].argmax(-1).numpy() == labels).mean())
+    assert f"no better than exit {best} (100.0 % right)" in line
+    assert f"exit 2 {accuracy:.1f} %" in line
+    assert "export.exits=all" in line
 
 
 def test_a_graph_that_is_off_fails_and_writes_nothing(

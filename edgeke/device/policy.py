@@ -172,7 +172,8 @@ class Policy:
     `score_weights` are the learned score's bias and weights per exit, empty for the others.
     `main_macs` are the plain main network's, of which costs are shares. `delta` is the risk at
     which promises are made when a request names none. `default` is the point used when nothing is
-    requested.
+    requested. `reference_exit`: the best on validation in fp32, against which degradation and
+    misses are measured (-1: the last, in older files).
     """
 
     score: str
@@ -184,6 +185,7 @@ class Policy:
     points: tuple[OperatingPoint, ...]
     requirements: tuple[RequirementResult, ...]
     default: str
+    reference_exit: int = -1
 
     @property
     def samples(self) -> int:
@@ -340,6 +342,7 @@ def _check(policy: Policy) -> None:
         numbers += [] if result.nearest is None else [result.nearest]
         _require("requirements", _between(0, 1e15, *numbers), isinstance(result.name, str))
         _require("requirements", result.point is None or result.point in names)
+    _require("reference_exit", _whole(-1, exits - 1, policy.reference_exit))
     policy.point(policy.default)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +123,14 @@ class BranchyNet(nn.Module):
         alone = BranchyNet(self.architecture.branch(exit))
         self._take_over(alone._path(0), self._path(exit))
         return alone.train(self.training)
+
+    def until(self, exit: int) -> "BranchyNet":
+        """A copy that ends at exit `exit`, without the exits behind it."""
+        own = self.architecture
+        shorter = BranchyNet(replace(own, exits=own.exits[: exit + 1]))
+        for number in range(exit + 1):
+            self._take_over(shorter._path(number), self._path(number))
+        return shorter.train(self.training)
 
     def class_vectors(self) -> Tensor:
         """The last exit's linear weights, one row per class: `[K, D]`, without gradient."""

@@ -54,10 +54,9 @@ class ExitLogits:
                 f"{logits.shape[2] - 1}"
             )
 
-    @property
-    def full_correct(self) -> NDArray[np.bool_]:
-        """Where the last exit is right, `[N]`: the reference for other precisions."""
-        correct: NDArray[np.bool_] = self.logits[-1].argmax(-1) == self.labels
+    def correct_at(self, exit: int) -> NDArray[np.bool_]:
+        """Where exit `exit` is right, `[N]`."""
+        correct: NDArray[np.bool_] = self.logits[exit].argmax(-1) == self.labels
         return correct
 
     def at(self, samples: NDArray[np.int64]) -> "ExitLogits":

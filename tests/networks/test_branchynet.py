@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from toys import SIZE, randomise
@@ -23,6 +25,18 @@ def images() -> torch.Tensor:
 @pytest.mark.parametrize("exit", [0, 1, 2])
 def test_a_branch_seen_alone_equals_the_same_exit(network, images, exit):
     assert torch.equal(network.branch(exit)(images)[0], network(images)[exit])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("exit", [0, 1, 2])
+def test_without_the_exits_behind_one_the_others_answer_the_same(
+    architecture, images, exit, shared
+):
+    network = randomise(BranchyNet(replace(architecture, shared=shared)))
+    shorter = network.until(exit)
+    assert torch.equal(shorter(images), network(images)[: exit + 1])
+    assert exit_costs(shorter, SIZE) == exit_costs(network, SIZE)[: exit + 1]
 
 
 @torch.no_grad()

@@ -147,7 +147,7 @@ def test_int8_is_measured_against_the_full_network_of_fp32():
     random = np.random.default_rng(0)
     coarse = [split.logits + random.normal(0, 0.7, split.logits.shape) for split in fp32]
     validation, calibration = (
-        ExitLogits(logits.astype(np.float32), split.labels, split.full_correct)
+        ExitLogits(logits.astype(np.float32), split.labels, split.correct_at(-1))
         for logits, split in zip(coarse, fp32, strict=True)
     )
     policy = certify(fit_policy(validation, MACS, MAIN, settings())[0], calibration, settings())
