@@ -21,10 +21,10 @@ from edgeke.graph.runner import segment_logits
 from edgeke.params import Calibrate
 from edgeke.policy.cascade import run_cascade
 from edgeke.policy.certify import certify
+from edgeke.policy.exits import best_exit
 from edgeke.policy.fit import fit_policy
 from edgeke.policy.report import exit_metrics, point_metrics, reliability_rows
 from edgeke.policy.samples import ExitLogits, one_of_each
-from edgeke.policy.temperatures import best_exit
 
 # Probabilities of the composed file and of NumPy differ by rounding alone.
 _TOLERANCE = 1e-5

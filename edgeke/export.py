@@ -1,5 +1,6 @@
 """Stage `export`: trained networks become ONNX graphs that answer the same."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from edgeke.learning.predict import predict
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.cost import exit_costs
 from edgeke.params import Export
-from edgeke.policy.temperatures import best_exit
+from edgeke.policy.exits import best_exit, last_useful, losses
 
 Graphs = Sequence[onnx.ModelProto]
 _Losses = list[tuple[float, float]]  # per exit: accuracy lost, and two standard errors of it
@@ -46,20 +47,20 @@ def export(
     """Write `segments/{fp32,int8}/` and `static/<name>[.int8].onnx` below `models`.
 
     `static` holds single-exit networks by name, each with its own normalisation, `main` (the main
-    exit alone) among them; costs are shares of its. Exits behind the one that is best on validation
-    are left out, in both precisions, unless `settings.exits` says otherwise. Every exit and static
-    network is compared with PyTorch on training images. In int8 the last linear layer of every exit
-    is fitted again on training images. Where one loses more on validation than is tolerated,
-    depthwise convolutions stay in single precision from there on, or everywhere, if that loses
-    less; two standard errors beyond the tolerance are taken for chance. Returns the metrics.
-    Errors: InputError, with nothing written, when anything is off by more than its tolerance.
+    exit alone) among them; costs are shares of its. The last exits are left out, in both
+    precisions, where on validation they are worse than an earlier one (`settings.exits`). Every
+    exit and static network is compared with PyTorch on training images. In int8 the last linear
+    layer of every exit is fitted again on training images. Where one loses more on validation than
+    is tolerated, depthwise convolutions stay in single precision from there on, or everywhere, if
+    that loses less; two standard errors beyond the tolerance are taken for chance. Returns the
+    metrics. Errors: InputError, with nothing written, when anything is off by more than its
+    tolerance.
     """
     channels, height, width = preprocessing.image_shape
     size = (height, width)
     metrics: dict[str, float] = {}
     if settings.exits == "useful":
-        best, metrics = _best_exit(network, preprocessing, validation)
-        network = network.until(best)
+        network, metrics = _useful(network, preprocessing, validation)
     segments = export_segments(network, preprocessing.mean, preprocessing.std, size)
     graphs = {
         name: export_static(alone, own.mean, own.std, size) for name, (alone, own) in static.items()
@@ -113,40 +114,39 @@ def export(
     return metrics
 
 
-def _best_exit(
+def _useful(
     network: BranchyNet, preprocessing: Preprocessing, validation: Split
-) -> tuple[int, dict[str, float]]:
-    """The last exit to ship: the best on validation, or the second if that is the first.
+) -> tuple[BranchyNet, dict[str, float]]:
+    """The network without exits that cost more and know less than an earlier one on validation.
 
-    A policy chooses between two at least. Also returns how many exits are left out, and the
-    accuracy of the best and of those.
+    Also returns how many are left out, and accuracy and loss of the best exit and of those.
     """
-    logits = _answers(network, preprocessing, validation.images)
-    labels = validation.labels
-    best = best_exit(logits, labels)
-    last = max(best, 1)
+    logits, labels = _answers(network, preprocessing, validation.images), validation.labels
+    last = last_useful(logits, labels)
     metrics = {"validation/exits_left_out": float(len(logits) - 1 - last)}
-    if last < len(logits) - 1:
-        for exit in (best, *range(last + 1, len(logits))):
-            right = logits[exit].argmax(-1) == labels
-            metrics[f"validation/exit_{exit}/accuracy"] = float(right.mean())
-    return last, metrics
+    if last == len(logits) - 1:
+        return network, metrics
+    loss = losses(logits, labels).mean(-1)
+    for exit in (best_exit(logits, labels), *range(last + 1, len(logits))):
+        right = logits[exit].argmax(-1) == labels
+        metrics[f"validation/exit_{exit}/accuracy"] = float(right.mean())
+        metrics[f"validation/exit_{exit}/loss"] = float(loss[exit])
+    return network.until(last), metrics
 
 
 def left_out(metrics: Mapping[str, float]) -> str | None:
     """A line that says which exits are not shipped and why; None where all are."""
-    accuracy = {
-        int(name.split("_")[-1].removesuffix("/accuracy")): 100 * value
-        for name, value in metrics.items()
-        if name.startswith("validation/exit_") and name.endswith("/accuracy")
-    }
-    if not accuracy:
+    found = [re.fullmatch(r"validation/exit_(\d+)/loss", name) for name in metrics]
+    words = [
+        f"exit {exit} has {100 * metrics[f'validation/exit_{exit}/accuracy']:.1f} % right and a "
+        f"loss of {metrics[f'validation/exit_{exit}/loss']:.3g}"
+        for exit in (match[1] for match in found if match)
+    ]
+    if not words:
         return None
-    (best, at_best), *others = accuracy.items()
-    words = ", ".join(f"exit {exit} {value:.1f} %" for exit, value in others)
     return (
-        f"note: not shipped, since on validation they are no better than exit {best} "
-        f"({at_best:.1f} % right) and cost more: {words}. To ship them too: export.exits=all"
+        f"note: not all exits are shipped, since some cost more and know less: on validation "
+        f"{words[0]}; but {', '.join(words[1:])}. To ship them all: export.exits=all"
     )
 
 

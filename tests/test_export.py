@@ -103,8 +103,8 @@ def test_exits_behind_the_best_on_validation_are_not_shipped(
         assert line is None
         return
     accuracy = 100 * float((logits[2].argmax(-1).numpy() == labels).mean())
-    assert f"no better than exit {best} (100.0 % right)" in line
-    assert f"exit 2 {accuracy:.1f} %" in line
+    assert f"exit {best} has 100.0 % right" in line
+    assert f"exit 2 has {accuracy:.1f} % right" in line
     assert "export.exits=all" in line
 
 

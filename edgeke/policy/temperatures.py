@@ -37,18 +37,6 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
     return float(np.exp(fitted.x))
 
 
-def best_exit(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> int:
-    """The exit with the most right answers; of several the likeliest; `logits` `[E, N, K]`."""
-
-    def merit(exit: int) -> tuple[int, float]:
-        answers = logits[exit]
-        temperature = fit_temperature(answers, labels)
-        loss = negative_log_likelihood(answers, labels, temperature)
-        return int((answers.argmax(-1) == labels).sum()), -loss
-
-    return max(range(len(logits)), key=merit)
-
-
 def reliability(
     probabilities: NDArray[np.float32], labels: NDArray[np.int64], bins: int = 10
 ) -> list[dict[str, float]]:
