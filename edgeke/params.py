@@ -212,7 +212,7 @@ class Requirement:
     """Exactly one of a greatest mean cost, a least accuracy, a greatest degradation, and others.
 
     `max_cost` is a share of the plain main network's MACs; `max_degradation` is the share of images
-    that the full network has right and the early answer wrong, `max_miss` the same among those of a
+    that the best exit has right and the early answer wrong, `max_miss` the same among those of a
     class; `min_recall` is the share of a class that is answered as that class, `max_sure_error` the
     share answered wrong among the images that some exit is sure of. `delta` is the risk that the
     promise fails over the draw of the calibration split (left out: `calibrate.delta`).

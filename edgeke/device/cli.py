@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     }.items():
         predict.add_argument(name, type=float, help=words)
     for name, words in {
-        "--max-miss": "promised share of a class that only the full network finds",
+        "--max-miss": "promised share of a class that only the best exit finds",
         "--min-recall": "promised share of a class that is answered as that class",
     }.items():
         predict.add_argument(name, metavar="CLASS=SHARE", help=f"{words}, such as crack=0.99")
