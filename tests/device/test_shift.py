@@ -91,10 +91,10 @@ def test_an_image_takes_under_20_microseconds():
     monitor, stream = Monitor(histogram(scores(500))), scores(2000)
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.thread_time()
         for score in stream:
             monitor.see(score)
-        times.append((time.perf_counter() - started) / len(stream))
+        times.append((time.thread_time() - started) / len(stream))
     assert min(times) < 20e-6
 
 
