@@ -5,9 +5,9 @@
 False alarms are counted in 1,000 orders of the test images, with the histogram that the model has,
 and in 1,000 long streams drawn from calibration and test images together, with histograms drawn
 from the same. Then test images are changed in eight ways at three strengths each: how many it takes
-until the alarm, after 500 unchanged ones; the accuracy of the full network and of the default
-point; and how many promises about degradation and error are broken. Writes
-results/shift/summary.json; the last line is JSON.
+until the alarm, after 500 unchanged ones, and on a device that meets no others from the start; the
+accuracy of the full network and of the default point; and how many promises about degradation and
+error are broken. Writes results/shift/summary.json; the last line is JSON.
 """
 
 import argparse
@@ -176,14 +176,23 @@ def false_alarms(counts: Sequence[int], calibration: list[float], test: list[flo
 def delays(
     counts: Sequence[int], healthy: list[float], changed: list[float], weights: Floats
 ) -> dict[str, float | None]:
-    """Images until the alarm after the change: median and 95th percentile; None: over the most."""
+    """Images until the alarm: after unchanged images, and (`start_`) without any before."""
+    after = _delays(counts, healthy, _HEALTHY, changed, weights)
+    start = _delays(counts, healthy, 0, changed, weights)
+    return after | {f"start_{name}": value for name, value in start.items()}
+
+
+def _delays(
+    counts: Sequence[int], healthy: list[float], before: int, changed: list[float], weights: Floats
+) -> dict[str, float | None]:
+    """The share of streams with an alarm, median and 95th percentile; None: over the most."""
     until = []
     for seed in range(_TRIALS):
         random = np.random.default_rng(seed)
         after = random.choice(changed, _MOST, p=weights / weights.sum())
-        stream = [*random.choice(healthy, _HEALTHY), *after]
+        stream = [*random.choice(healthy, before).tolist(), *after.tolist()]
         number = images_until_alarm(Monitor(counts, seed=seed), stream)
-        until.append(math.inf if number is None else number - _HEALTHY)
+        until.append(math.inf if number is None else number - before)
     median, late = np.quantile(until, (0.5, 0.95), method="higher").tolist()
     return {
         "noticed": float(np.isfinite(until).mean()),
@@ -249,16 +258,24 @@ def main(arguments: Sequence[str]) -> None:
 def table(rows: Sequence[dict]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| change | strength | full network | default point | broken promises | noticed | images |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| change | strength | full | default | broken | noticed | images | from the start |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+
+    def images(row: dict, prefix: str) -> str:
+        if row[f"{prefix}median"] is None:
+            return f"over {_MOST}"
+        late = row[f"{prefix}p95"]
+        return f"{row[f'{prefix}median']:.0f}, " + (
+            f"over {_MOST}" if late is None else f"{late:.0f}"
+        )
+
     for row in rows:
-        late = f"over {_MOST}" if row["p95"] is None else f"{row['p95']:.0f}"
-        until = f"over {_MOST}" if row["median"] is None else f"{row['median']:.0f}, {late}"
         lines.append(
             f"| {row['change']} | {row['strength']} | {100 * row['full']:.1f} % | "
             f"{100 * row['default']:.1f} % | {row['broken']} of {row['promises']} | "
-            f"{100 * row['noticed']:.0f} % | {until} |"
+            f"{100 * row['noticed']:.0f} % | {images(row, '')} | "
+            f"{100 * row['start_noticed']:.0f} %: {images(row, 'start_')} |"
         )
     return "\n".join(lines)
 

@@ -109,10 +109,8 @@ class Monitor:
             counts[place] += 1
             self._total += 1
             self._images = images = self._images + 1
-            if place < BINS // 2:
-                below = sum(counts[:place])
-            else:  # the shorter sum
-                below = self._total - sum(counts[place:])
+            upper = place >= BINS // 2  # then the sum from above is shorter
+            below = self._total - sum(counts[place:]) if upper else sum(counts[:place])
             rank = (below + self._random() * counts[place]) / self._total
             low, high = max(rank, _SMALLEST), max(1 - rank, _SMALLEST)
             stake = 1 / (images * (images + 1))

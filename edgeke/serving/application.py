@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -329,11 +330,12 @@ class Server:
 
     def _keep(self, images: NDArray[np.uint8], answers: Answers, classifier: Classifier) -> None:
         """Hand the images that are to be labelled to the keeper."""
-        for number, exit in enumerate(answers.exit.tolist() if self.keeper else []):
+        if self.keeper is None:
+            return
+        for number, exit in enumerate(answers.exit.tolist()):
             if no_exit_was_sure(answers.point, exit) or not answers.holds:
-                said = {"time": time.time(), **_answer(answers, number, classifier)}
-                said["probabilities"] = answers.probabilities[number].tolist()
-                self.keeper.offer(images[number], said)  # type: ignore[union-attr]
+                said = partial(_kept, time.time(), answers, number, classifier)
+                self.keeper.offer(images[number], said)
 
     def _count(self, answers: Answers) -> None:
         if self._alarm and answers.holds:
@@ -404,6 +406,12 @@ def _answer(answers: Answers, number: int, classifier: Classifier) -> dict[str, 
         "exit": int(answers.exit[number]),
         **_said(answers),
     }
+
+
+def _kept(now: float, answers: Answers, number: int, classifier: Classifier) -> dict[str, Any]:
+    """What lies beside a kept image."""
+    said = {"time": now, **_answer(answers, number, classifier)}
+    return said | {"probabilities": answers.probabilities[number].tolist()}
 
 
 class _Picture(io.BytesIO):

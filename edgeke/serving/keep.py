@@ -28,6 +28,7 @@ _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 _WAITING = 64  # images
 
 _Image = NDArray[np.uint8]
+_Answer = Callable[[], Mapping[str, Any]]
 
 
 def parse_size(text: str) -> int:
@@ -65,14 +66,14 @@ class Keeper:
         except OSError as error:
             raise InputError(f"{folder} cannot be written to ({error.strerror})") from None
         self._total = sum(self._sizes.values())
-        self._queue: queue.Queue[tuple[_Image, Mapping[str, Any]] | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[tuple[_Image, _Answer] | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._work, daemon=True, name="keep")
         self._thread.start()
 
-    def offer(self, image: _Image, answer: Mapping[str, Any]) -> None:
-        """Keep an image uint8 `[H, W, C]` with its answer, soon. Never waits, raises nothing."""
+    def offer(self, image: _Image, answer: _Answer) -> None:
+        """Keep an image uint8 `[H, W, C]` with what `answer` gives, soon. Never waits or raises."""
         try:
-            self._queue.put_nowait((image, answer))
+            self._queue.put_nowait((image.copy(), answer))  # a view would keep a whole request
         except queue.Full:
             self._count("dropped")
 
@@ -90,11 +91,10 @@ class Keeper:
                 _LOG.error("an image was not kept", extra={"fields": {"error": str(error)}})
                 self._count("failed")
 
-    def _keep(self, image: _Image, answer: Mapping[str, Any]) -> None:
-        pixels = np.ascontiguousarray(image)
+    def _keep(self, pixels: _Image, answer: _Answer) -> None:
         name = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:32]
         content, ending = _encoded(pixels)
-        text = json.dumps(dict(answer)).encode() + b"\n"
+        text = json.dumps(answer()).encode() + b"\n"
         self._remove(name)  # if it is there, it becomes the newest
         size = len(content) + len(text)
         while self._sizes and self._total + size > self._limit:

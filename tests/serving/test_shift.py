@@ -5,6 +5,7 @@ import json
 import signal
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def keep(folder: Path, images, limit: int = LIMIT) -> list[str]:
     outcomes: list[str] = []
     keeper = Keeper(folder, limit, outcomes.append)
     for number, image in enumerate(images):
-        keeper.offer(image, {"label": number})
+        keeper.offer(image, partial(dict, label=number))
         time.sleep(0.002)
     keeper.close()
     return outcomes
@@ -144,11 +145,11 @@ def test_what_cannot_be_written_is_counted_and_hurts_nobody(images, tmp_path, ca
     outcomes: list[str] = []
     keeper = Keeper(folder, LIMIT, outcomes.append)
     folder.rename(tmp_path / "gone")
-    keeper.offer(images[0], {"label": 0})
+    keeper.offer(images[0], partial(dict, label=0))
     while not outcomes:
         time.sleep(0.01)
     (tmp_path / "gone").rename(folder)
-    keeper.offer(images[1], {"label": 1})
+    keeper.offer(images[1], partial(dict, label=1))
     keeper.close()
     assert outcomes == ["failed", "kept"]
     assert "was not kept" in caplog.text
@@ -161,7 +162,7 @@ def test_too_many_at_once_are_dropped(images, tmp_path, monkeypatch):
     keeper = Keeper(tmp_path, LIMIT, outcomes.append)
     started = time.monotonic()
     for _ in range(200):
-        keeper.offer(images[0], {})
+        keeper.offer(images[0], dict)
     assert time.monotonic() - started < 0.5
     assert outcomes.count("dropped") >= 130
 
