@@ -192,8 +192,7 @@ class Classifier:
         In the order in which they came: that of their answers depends on what they show.
         """
         if self._monitor is not None:
-            for score in scores:
-                self._monitor.see(score)
+            self._monitor.see(*scores)
 
     def keep_shift(self, path: Path) -> None:
         """Go on from the state of `shift` in a file, and keep it there.

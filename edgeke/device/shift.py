@@ -101,29 +101,33 @@ class Monitor:
         with self._lock:
             return Shift(self._evidence, self.alarm, self._images)
 
-    def see(self, score: float) -> None:
-        """Weigh an image by exit 0's score. Takes microseconds, never waits for a disk."""
-        place = bin_of(score)
+    def see(self, *scores: float) -> None:
+        """Weigh images by exit 0's scores, in the order in which they came.
+
+        Takes microseconds an image, and never waits for a disk.
+        """
         with self._lock:
-            counts = self._counts
-            counts[place] += 1
-            self._total += 1
-            self._images = images = self._images + 1
-            upper = place >= BINS // 2  # then the sum from above is shorter
-            below = self._total - sum(counts[place:]) if upper else sum(counts[:place])
-            rank = (below + self._random() * counts[place]) / self._total
-            low, high = max(rank, _SMALLEST), max(1 - rank, _SMALLEST)
-            stake = 1 / (images * (images + 1))
-            self._low = _bet(self._low, stake, low)
-            self._high = _bet(self._high, stake, high)
-            # 1 / (images + 1) is the stake of all bets that have not started yet.
-            sums = sum(self._low) + sum(self._high)
-            self._evidence = sums / (2 * _BETS) + 1 / (images + 1)
-            alarm = self._evidence >= self._needed and not self.alarm
-            self.alarm |= alarm
-            due = self._path is not None and (alarm or time.monotonic() > self._next_save)
-            if due:
-                self._next_save = time.monotonic() + _SAVE_SECONDS
+            counts, total, images = self._counts, self._total, self._images
+            low, high, evidence, alarm = self._low, self._high, self._evidence, self.alarm
+            for score in scores:
+                place = bin_of(score)
+                counts[place] += 1
+                total += 1
+                images += 1
+                upper = place >= BINS // 2  # then the sum from above is shorter
+                below = total - sum(counts[place:]) if upper else sum(counts[:place])
+                rank = (below + self._random() * counts[place]) / total
+                stake = 1 / (images * (images + 1))
+                low = _bet(low, stake, max(rank, _SMALLEST))
+                high = _bet(high, stake, max(1 - rank, _SMALLEST))
+                # 1 / (images + 1) is the stake of all bets that have not started yet.
+                evidence = (sum(low) + sum(high)) / (2 * _BETS) + 1 / (images + 1)
+                alarm = alarm or evidence >= self._needed
+            now, due = time.monotonic(), False
+            if self._path is not None and (alarm > self.alarm or now > self._next_save):
+                self._next_save, due = now + _SAVE_SECONDS, True
+            self._total, self._images = total, images
+            self._low, self._high, self._evidence, self.alarm = low, high, evidence, alarm
         if due:
             threading.Thread(target=self.save, daemon=True).start()
 
