@@ -15,6 +15,7 @@ from edgeke.device.manifest import Manifest
 from edgeke.device.policy import Policy, force_exit, parse_policy
 from edgeke.device.scores import Score, biased, calibrated_probabilities
 from edgeke.device.session import open_session
+from edgeke.device.shift import histogram
 from edgeke.graph.compose import compose_cascade
 from edgeke.graph.parity import check_close, check_exits
 from edgeke.graph.runner import segment_logits
@@ -81,7 +82,7 @@ def calibrate(
     if groups is not None:
         answers["calibration"] = answers["calibration"].at(one_of_each(groups))
     policy = certify(fitted, answers["calibration"], settings)
-    policy = replace(policy, reference_exit=exit)
+    policy = with_histogram(replace(policy, reference_exit=exit), answers["calibration"])
     metrics |= point_metrics(policy, validation)
     for name, split in answers.items():
         metrics |= exit_metrics(split, policy.temperatures, name)
@@ -89,6 +90,13 @@ def calibrate(
     metrics |= check_composed(model, policy, validation, splits["validation"])
     rows = reliability_rows(answers["calibration"], policy.temperatures)
     return Calibrated(policy, model, metrics, reference, rows)
+
+
+def with_histogram(policy: Policy, calibration: ExitLogits) -> Policy:
+    """The policy with exit 0's scores of the calibration images, by which devices notice shift."""
+    first = calibrated_probabilities(calibration.logits[:1], policy.temperatures[:1])
+    score = Score(policy.score, policy.score_weights)
+    return replace(policy, histogram=histogram(score.at(first, 0)))
 
 
 def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> bytes:
@@ -118,6 +126,7 @@ def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> byt
         image_shape=manifest.image_shape,
         classes=len(manifest.classes),
         metadata=metadata,
+        watched=bool(policy.histogram),
     )
     return bytes(model.SerializeToString())
 
@@ -147,8 +156,8 @@ def check_composed(
         feeds = {"thresholds": limits, "votes": np.asarray(votes, np.float32)}
         feeds["bias"] = np.asarray(bias or [0.0] * probabilities.shape[-1], np.float32)
         outputs = [session.run(None, {"image": image[None], **feeds}) for image in pixels]
-        composed = np.concatenate([answer for answer, _ in outputs])
-        exit = np.concatenate([exit for _, exit in outputs])
+        composed = np.concatenate([each[0] for each in outputs])
+        exit = np.concatenate([each[1] for each in outputs])
         expected = run_cascade(probabilities, scores, thresholds, votes)
         ties += check_exits(exit, expected.exit, scores, limits, _TOLERANCE)
         same = exit == expected.exit

@@ -6,7 +6,7 @@ import onnx
 from draws import settings
 from toys import CLASSES, SIZE, replace
 
-from edgeke.calibrate import compose
+from edgeke.calibrate import compose, with_histogram
 from edgeke.data.dataset import Dataset, channels_last
 from edgeke.device.manifest import MANIFEST, Manifest
 from edgeke.graph.runner import segment_logits
@@ -44,7 +44,7 @@ def build(
     chosen = settings(score=score, proportions={"of_reaching": [0.5, 0.5, 0.9]})
     chosen = replace(chosen, requirements=requirements)
     fitted, _ = fit_policy(validation, MACS, MAIN, chosen, CLASSES)
-    policy = certify(fitted, calibration, chosen)
+    policy = with_histogram(certify(fitted, calibration, chosen), calibration)
     model = compose(files, policy, manifest)
     (folder / f"edgeke{suffix}.onnx").write_bytes(model)
     return folder

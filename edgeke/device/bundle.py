@@ -37,6 +37,7 @@ class Metadata:
 
     `bits`: significant bits of 16-bit pictures. `segments_sha256`: see `segments_hash`; None in
     files of older versions, where `blocks` are empty. `fit`: see `decode.fit_picture`.
+    `policy_sha256`: of the policy's text.
     """
 
     policy: Policy
@@ -46,6 +47,7 @@ class Metadata:
     segments_sha256: str | None
     blocks: tuple[Block, ...]
     fit: str = FIT
+    policy_sha256: str = ""
 
 
 def find_bundle(path: Path, precision: str | None = None) -> Bundle:
@@ -105,7 +107,7 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
         fit = json.loads(metadata.get("fit", json.dumps(FIT)))
         blocks = parse_blocks(json.loads(metadata.get("blocks", "[]")))
         fits = bits in range(8, 17) and fit in FITS
-        fits = fits and shapes == {
+        expected = {
             "image": [1, height, width, channels],
             "thresholds": [len(policy.macs)],
             "votes": [len(policy.macs)],
@@ -113,14 +115,18 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
             "probabilities": [1, len(classes)],
             "exit": [1],
         }
-        if not fits:
+        if policy.histogram:
+            expected["first_score"] = [1]
+        if not fits or shapes != expected:
             raise InputError("its metadata does not fit its graph")
     except SchemaError as error:
         raise InputError(f"{name} is of another version: {error}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{name} is damaged: {error}; copy or export it again") from error
     shape = (height, width, channels)
-    return Metadata(policy, classes, shape, bits, metadata.get("segments_sha256"), blocks, fit)
+    segments, text = metadata.get("segments_sha256"), metadata["policy"].encode()
+    sha256 = hashlib.sha256(text).hexdigest()
+    return Metadata(policy, classes, shape, bits, segments, blocks, fit, sha256)
 
 
 def describe_pixels(shape: tuple[int, int, int], fit: str = "crop") -> dict[str, Any]:

@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +31,7 @@ from edgeke.device.profile import (
 )
 from edgeke.device.segments import Segments
 from edgeke.device.session import open_session
+from edgeke.device.shift import Monitor, Shift
 from edgeke.errors import InputError
 
 _PROFILE = "profile.json"
@@ -51,6 +52,7 @@ class Prediction:
     calibrated. `exit` is where the image left (0..E, E = voted). `latency_ms` is the time from the
     call until this answer was ready, checks and a first profile included (in a stream: from the
     first answer being requested). `point` is the operating point used; None in a stream.
+    `promised` is false after an alarm of `Classifier.shift`: the point's promises are void then.
     Under `max_sure_error`, what no exit is sure of is `unsure`: its `label` is -1, `class_name` is
     "unsure", and `probabilities` are the vote's, as a hint.
     """
@@ -61,6 +63,7 @@ class Prediction:
     exit: int
     latency_ms: float
     point: OperatingPoint | None
+    promised: bool = True
 
     @property
     def unsure(self) -> bool:
@@ -100,11 +103,13 @@ class Classifier:
         precision: str | None = None,
         threads: int = 1,
         order: str = "rgb",
+        shift_state: str | Path | None = None,
     ) -> None:
         """Open a bundle folder, or the single `.onnx` file, on `threads` threads (0: all cores).
 
         In a folder int8 is preferred where present; `precision` (`int8`, `fp32`) decides. The
         longest path is run once, so that the first image takes no longer than others.
+        `shift_state` is a file in which `shift` outlives this process: one process a file.
         Errors: InputError when a file is missing, damaged or no model of EdgeKE.
         """
         if type(threads) is not int or not 0 <= threads <= 1024:
@@ -133,8 +138,16 @@ class Classifier:
         self._measured = read_profile(self._profile_path, self._conditions, len(macs))
         # Choosing takes as long as answering a small image; requests repeat.
         self._plans: dict[tuple[Request, Profile | None], _Plan] = {}
+        self._outputs = ["probabilities", "exit"]
+        self._monitor: Monitor | None = None
         self._warm_up(self._session)
         self.predict(self._noise())  # choosing a point is slower the first time, too
+        if self.policy.histogram:
+            self._outputs.append("first_score")
+            self._monitor = Monitor(self.policy.histogram, self._metadata.policy_sha256)
+            weakref.finalize(self, self._monitor.save)
+        if shift_state is not None:
+            self.keep_shift(Path(shift_state))
         _classifiers.add(self)
 
     def __enter__(self) -> Self:
@@ -149,7 +162,9 @@ class Classifier:
         return type(self), (self._path, precision, self.threads, self.order)
 
     def close(self) -> None:
-        """Free the model's memory now. Every later answer is an InputError."""
+        """Free the model's memory now, and save `shift`. Every later answer is an InputError."""
+        if self._monitor is not None:
+            self._monitor.save()
         with self._opening:
             self._closed, self._session, self._segments = True, None, None
 
@@ -157,6 +172,50 @@ class Classifier:
     def lists_blocks(self) -> bool:
         """Whether the model can be profiled block by block: those of older versions cannot."""
         return bool(self._metadata.blocks)
+
+    @property
+    def shift(self) -> Shift | None:
+        """Whether images still come as in calibration; None for a model of an older version.
+
+        Each image that is answered counts, but not noise of a profile, and not `forced` ones.
+        """
+        return None if self._monitor is None else self._monitor.shift
+
+    @property
+    def promised(self) -> bool:
+        """Whether promises hold as far as `shift` can tell: false after its alarm."""
+        return self._monitor is None or not self._monitor.alarm
+
+    def weigh(self, scores: Iterable[float]) -> None:
+        """Count images towards `shift` by exit 0's scores, for a server that runs the segments.
+
+        In the order in which they came: that of their answers depends on what they show.
+        """
+        if self._monitor is not None:
+            self._monitor.see(*scores)
+
+    def keep_shift(self, path: Path) -> None:
+        """Go on from the state of `shift` in a file, and keep it there.
+
+        Errors: InputError when it is damaged or cannot be written, and for a model of an older
+        version. The state of another policy is begun anew, with a warning.
+        """
+        if self._monitor is None:
+            raise InputError(
+                f"{self.bundle.model} has no histogram, so nothing can watch for shift; run the "
+                "stage calibrate again (dvc repro)"
+            )
+        self._monitor.keep(path)
+
+    def take_over_shift(self, other: "Classifier") -> None:
+        """Watch in another one's place: go on from its evidence where the policy is the same."""
+        if other._monitor is None:
+            return
+        if self._metadata.policy_sha256 == other._metadata.policy_sha256:
+            self._monitor = other._monitor
+            weakref.finalize(self, self._monitor.save)
+        elif (path := other._monitor.release()) is not None:
+            self.keep_shift(path)
 
     @property
     def measured(self) -> Profile | None:
@@ -256,6 +315,7 @@ class Classifier:
                 chunk = np.ascontiguousarray(pixels[start : start + size])
                 point = plan.point
                 answered = segments.answer(chunk, point.thresholds, point.votes, point.bias)
+                self.weigh(answered.first_score.tolist())
                 seconds = before + answered.seconds
                 rows = zip(answered.probabilities, answered.exit.tolist(), seconds, strict=True)
                 answers += [self._prediction(p, e, float(s), plan.point) for p, e, s in rows]
@@ -293,6 +353,9 @@ class Classifier:
     def _streamed(self, answers: Iterator[NDArray[np.float32]]) -> Iterator[Prediction]:
         started = time.perf_counter()
         for exit, probabilities in enumerate(answers):
+            if exit == 0 and self._monitor is not None and self._segments is not None:
+                first = self._segments.score.at(probabilities[None, None], 0)
+                self._monitor.see(float(first[0]))
             yield self._prediction(probabilities, exit, time.perf_counter() - started, None)
 
     def forced(self, exit: int) -> Callable[[Any], Prediction]:
@@ -309,7 +372,7 @@ class Classifier:
         def run(image: Any) -> Prediction:
             started = time.perf_counter()
             pixels = check_image(image, self.image_shape, order=self.order)
-            probabilities, left = self._run(pixels, plan)
+            probabilities, left = self._run(pixels, plan, weighed=False)
             return self._prediction(probabilities, left, time.perf_counter() - started, None)
 
         return run
@@ -331,11 +394,15 @@ class Classifier:
                     self._segments = segments
         return self._segments
 
-    def _run(self, image: NDArray[np.uint8], plan: _Plan) -> tuple[NDArray[np.float32], int]:
+    def _run(
+        self, image: NDArray[np.uint8], plan: _Plan, weighed: bool = True
+    ) -> tuple[NDArray[np.float32], int]:
         feeds = {"image": image[None], "thresholds": plan.thresholds, "votes": plan.votes}
         feeds["bias"] = plan.bias
         session = self._session or self._open_again()
-        probabilities, exit = session.run(None, feeds)
+        probabilities, exit, *first = session.run(self._outputs, feeds)
+        if weighed and self._monitor is not None:
+            self._monitor.see(float(first[0][0]))
         return probabilities[0], int(exit[0])
 
     def _warm_up(self, session: onnxruntime.InferenceSession) -> None:
@@ -375,6 +442,8 @@ class Classifier:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
         self._session = self._segments = None
         self._opening, self._profiling = threading.Lock(), threading.Lock()
+        if self._monitor is not None:
+            self._monitor.after_fork()
 
     def _prediction(
         self,
@@ -383,10 +452,12 @@ class Classifier:
         seconds: float,
         point: OperatingPoint | None,
     ) -> Prediction:
-        label, unsure = int(probabilities.argmax()), exit == len(self.policy.macs)
-        if point is not None and point.unsure and unsure:
-            return Prediction(-1, "unsure", probabilities, exit, seconds * 1e3, point)
-        return Prediction(label, self.classes[label], probabilities, exit, seconds * 1e3, point)
+        label, name = int(probabilities.argmax()), ""
+        if point is not None and point.unsure and exit == len(self.policy.macs):
+            label, name = -1, "unsure"
+        name = name or self.classes[label]
+        milliseconds, promised = seconds * 1e3, self.promised
+        return Prediction(label, name, probabilities, exit, milliseconds, point, promised)
 
     def _arrays(self, point: OperatingPoint) -> _Plan:
         bias = point.bias or [0.0] * len(self.classes)

@@ -27,13 +27,15 @@ def main(arguments: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        classifier = Classifier(options.path, options.precision, options.threads)
+        state = getattr(options, "shift_state", None)
+        classifier = Classifier(options.path, options.precision, options.threads, shift_state=state)
         if options.command == "info":
             _info(classifier)
         elif options.command == "profile":
             _profile(classifier, options)
         elif options.command == "predict":
-            return _predict(classifier, options)
+            with classifier:
+                return _predict(classifier, options)
         else:
             _benchmark(classifier, options.rounds)
     except InputError as error:
@@ -80,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         predict.add_argument(name, metavar="CLASS=SHARE", help=f"{words}, such as crack=0.99")
     words = "promised among the images that an exit is sure of; others come back as unsure"
     predict.add_argument("--max-sure-error", type=float, help=words)
+    words = "a file: whether images still come as in calibration, over many calls"
+    predict.add_argument("--shift-state", type=Path, help=words)
     predict.add_argument("--json", action="store_true", help="one JSON line per image")
     timed = commands.add_parser(
         "benchmark", parents=[shared], help="exits, stream and batches timed against each other"
@@ -114,6 +118,8 @@ def _info(classifier: Classifier) -> None:
         print(f"pictures   of 16 bits per pixel have {classifier.bits} significant bits")
     _say(f"classes    {len(classifier.classes)}: {', '.join(classifier.classes)}")
     print(f"score      {policy.score}, promises from {policy.samples} calibration images")
+    if classifier.shift is None:
+        print("shift      not noticed: this file has no histogram; calibrate again")
     if classifier.measured is None:
         print("costs      not measured here yet; run the profile command")
     else:
@@ -186,6 +192,9 @@ def _print_costs(measured: Profile) -> None:
         print(f"           exit {exit:<3}{median:10.3f} {p95:10.3f}")
 
 
+_VOID = "; nothing is promised: images do not come as in calibration (alarm of shift)"
+
+
 def _predict(classifier: Classifier, options: argparse.Namespace) -> int:
     """Answer every image that can be read; returns 1 when one could not."""
     status = 0
@@ -218,13 +227,14 @@ def _predict(classifier: Classifier, options: argparse.Namespace) -> int:
                 "class": answer.class_name,
             }
             row |= {"probability": probability, "exit": answer.exit, "point": point}
+            row["promised"] = answer.promised
             if answer.point and answer.point.unsure:
                 row |= {"unsure": answer.unsure, "automation": answer.point.automation}
             print(json.dumps({**row, "latency_ms": answer.latency_ms}))
         else:
             _say(
                 f"{path}: {answer.class_name} ({100 * probability:.1f} %) from {left} in "
-                f"{answer.latency_ms:.2f} ms at {point}"
+                f"{answer.latency_ms:.2f} ms at {point}{'' if answer.promised else _VOID}"
             )
     return status
 

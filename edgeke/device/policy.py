@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from edgeke.device.promises import upper_bound
 from edgeke.device.scores import SCORES
+from edgeke.device.shift import BINS
 from edgeke.errors import InputError
 
-SCHEMA = 4
+SCHEMA = 5
+_READABLE = (4, 5)  # 4 has no histogram
 
 # Scores are in [0, 1]: every score exceeds -1, none exceeds 2.
 ALWAYS = -1.0
@@ -173,7 +175,8 @@ class Policy:
     `main_macs` are the plain main network's, of which costs are shares. `delta` is the risk at
     which promises are made when a request names none. `default` is the point used when nothing is
     requested. `reference_exit`: the best on validation in fp32, against which degradation and
-    misses are measured (-1: the last, in older files).
+    misses are measured (-1: the last, in older files). `histogram` `[256]` has exit 0's scores of
+    the calibration images, by the bins of `shift.bin_of`; empty in models of older versions.
     """
 
     score: str
@@ -186,6 +189,7 @@ class Policy:
     requirements: tuple[RequirementResult, ...]
     default: str
     reference_exit: int = -1
+    histogram: tuple[int, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -265,9 +269,10 @@ def parse_policy(text: str) -> Policy:
         schema = content.pop("schema")
     except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"not an EdgeKE policy ({error}); export the model again") from error
-    if schema != SCHEMA:
+    if schema not in _READABLE:
         raise SchemaError(
-            f"policy schema {schema!r:.20} is not {SCHEMA}, which this version of EdgeKE reads; "
+            f"policy schema {schema!r:.20} is not {' or '.join(map(str, _READABLE))}, which this "
+            "version of EdgeKE reads; "
             "use the edgeke.device that belongs to the model, or run the stage calibrate again "
             "(dvc repro), which composes the file anew"
         )
@@ -336,6 +341,10 @@ def _check(policy: Policy) -> None:
             _require("inspections", len(each.worst) > 0, all(len(pair) == 2 for pair in pairs))
             for bad, images in pairs:
                 _require("inspections", _whole(0, samples, bad, images) and bad <= images)
+    if len(policy.histogram):
+        _require("histogram", len(policy.histogram) == BINS)
+        _require("histogram", _whole(0, 10**9, *policy.histogram))
+        _require("histogram", sum(policy.histogram) == policy.samples)
     _require("a point for every deadline", min(point.deepest for point in points) == 0)
     for result in policy.requirements:
         numbers = [result.bound, result.delta]

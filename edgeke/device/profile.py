@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import onnxruntime
 
+from edgeke.device.files import replace_file
 from edgeke.device.session import cores
 from edgeke.device.timing import summary, time_interleaved
 
@@ -130,15 +130,7 @@ def write_profile(path: Path, conditions: str, profile: Profile) -> bool:
     """
     content = _entries(path) | {conditions: asdict(profile)}
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".profile.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(content, file, indent=2)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:  # Ctrl-C leaves nothing behind either
-            os.unlink(temporary)
-            raise
+        replace_file(path, json.dumps(content, indent=2).encode())
     except OSError as error:
         warnings.warn(
             f"the profile is kept in memory alone, since {path} cannot be written ({error}); it "

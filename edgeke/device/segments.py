@@ -20,12 +20,13 @@ Floats = NDArray[np.float32]
 class BatchAnswers:
     """The answers to a batch: `exit` `[N]` in 0..E (E = voted), `probabilities` `[N, K]`.
 
-    `seconds` `[N]`: from the start until each answer was ready.
+    `seconds` `[N]`: from the start until each answer was ready. `first_score` `[N]` is exit 0's.
     """
 
     exit: NDArray[np.int64]
     probabilities: Floats
     seconds: NDArray[np.float64]
+    first_score: Floats
 
 
 class Segments:
@@ -55,7 +56,7 @@ class Segments:
         started = time.perf_counter()
         exits, count = len(self._sessions), len(images)
         exit_of, seconds = np.full(count, exits, np.int64), np.zeros(count)
-        answers = np.empty((count, 0), np.float32)
+        answers, first = np.empty((count, 0), np.float32), np.empty(0, np.float32)
         places: NDArray[Any] = np.arange(count)  # of the images that go on
         features: NDArray[Any] = images
         earlier = np.empty((0, count, 0), np.float32)  # probabilities of the images that go on
@@ -68,7 +69,9 @@ class Segments:
                 earlier = probabilities[None]
             else:
                 earlier = np.concatenate([earlier, probabilities[None]])
-            sure = self.score.at(earlier, exit) > np.float32(threshold)
+            scores = self.score.at(earlier, exit)
+            first = scores if exit == 0 else first
+            sure = scores > np.float32(threshold)
             if sure.any():
                 leaving, on = places[sure], ~sure
                 exit_of[leaving], answers[leaving] = exit, probabilities[sure]
@@ -78,7 +81,7 @@ class Segments:
         if len(places):
             answers[places] = vote(earlier, votes)
             seconds[places] = time.perf_counter() - started
-        return BatchAnswers(exit_of, biased(answers, bias) if bias else answers, seconds)
+        return BatchAnswers(exit_of, biased(answers, bias) if bias else answers, seconds, first)
 
     def probabilities(self, exit: int, features: NDArray[Any]) -> tuple[Floats, NDArray[Any]]:
         """An exit's probabilities `[N, K]` and the next one's features, from this one's.

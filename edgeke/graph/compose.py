@@ -22,12 +22,14 @@ def compose_cascade(
     image_shape: tuple[int, int, int],
     classes: int,
     metadata: Mapping[str, str],
+    watched: bool = False,
 ) -> onnx.ModelProto:
     """One standard ONNX model that answers at the first exit that is sure.
 
     Inputs: `image` uint8 `[1, H, W, C]`, `thresholds` and `votes` float32 `[E]`, and `bias` float32
     `[K]`, added to the logarithms of the answer's probabilities: zeros change no bit. Outputs:
-    `probabilities` float32 `[1, K]` and `exit` int64 `[1]` (E = voted). `image_shape` is
+    `probabilities` float32 `[1, K]`, `exit` int64 `[1]` (E = voted), and where it is `watched`
+    `first_score` float32 `[1]`, exit 0's, by which a device notices shift. `image_shape` is
     `(H, W, C)`. Segment e + 1 and all its weights are in the else-branch after exit e.
     """
     exits = len(segments)
@@ -54,6 +56,9 @@ def compose_cascade(
         *_biased(graph.output[0].name, "probabilities"),
         helper.make_node("Identity", [graph.output[1].name], ["exit"]),
     ]
+    if watched:
+        outputs.append(helper.make_tensor_value_info("first_score", TensorProto.FLOAT, [1]))
+        publish.append(helper.make_node("Identity", ["e0_score"], ["first_score"]))
     whole = helper.make_graph(
         [rename, *graph.node, *publish],
         "edgeke",

@@ -29,6 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tls-key", type=Path)
     parser.add_argument("--token-file", type=Path, help="clients must send what is in it")
     parser.add_argument(
+        "--shift-state", type=Path, metavar="FILE",
+        help="keeps over restarts whether images still come as in calibration",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-unsure", type=Path, metavar="FOLDER",
+        help="for images that no exit was sure of, and those after an alarm of shift",
+    )  # fmt: skip
+    parser.add_argument("--keep-limit", default="500MB", help="of that folder: oldest go first")
+    parser.add_argument(
         "--log-level", default="info", choices=("debug", "info", "warning", "error")
     )
     options = parser.parse_args(arguments)
@@ -43,6 +52,7 @@ def _serve(options: argparse.Namespace) -> int:
         import uvicorn
 
         from edgeke.serving.application import JsonLines, Server, Settings
+        from edgeke.serving.keep import parse_size
     except ImportError as error:
         raise InputError(
             f"{error.name} is missing: pip install -r requirements-serving.txt"
@@ -60,9 +70,12 @@ def _serve(options: argparse.Namespace) -> int:
     settings = Settings(
         options.bundle, options.precision, options.threads, token,
         options.body_limit * 2**20, batch=options.batch, longest=options.longest,
+        shift_state=options.shift_state, keep_unsure=options.keep_unsure,
+        keep_limit=parse_size(options.keep_limit),
     )  # fmt: skip
     server = Server(settings)
-    server.check()
+    with server.check() as classifier:
+        server.watch(classifier)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=options.log_level.upper(), handlers=[handler], force=True)

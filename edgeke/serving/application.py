@@ -13,10 +13,12 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -28,6 +30,7 @@ from edgeke.device.classifier import Classifier
 from edgeke.device.decode import fit_picture, open_picture
 from edgeke.errors import InputError
 from edgeke.serving.batches import Answers, Batches, BusyError
+from edgeke.serving.keep import Keeper, no_exit_was_sure
 from edgeke.serving.metrics import Metrics
 from edgeke.serving.protocol import (
     INPUT,
@@ -49,6 +52,8 @@ class Settings:
 
     `body_limit` in bytes; `body_seconds`: a client must have sent its body by then; `batch`: most
     images of one batch; `longest`: seconds of work that may wait before requests are refused.
+    `shift_state`: the file of `Classifier.shift`; `keep_unsure`: a folder for images that no exit
+    was sure of and for those after an alarm, of at most `keep_limit` bytes.
     """
 
     bundle: Path
@@ -59,6 +64,9 @@ class Settings:
     body_seconds: float = 10.0
     batch: int = 32
     longest: float = 1.0
+    shift_state: Path | None = None
+    keep_unsure: Path | None = None
+    keep_limit: int = 500 * 10**6
 
 
 @dataclass
@@ -68,6 +76,13 @@ class Server:
     settings: Settings
     metrics: Metrics = field(default_factory=Metrics)
     batches: Batches | None = None
+    keeper: Keeper | None = None
+    _alarm: bool = False
+
+    def __post_init__(self) -> None:
+        folder, limit = self.settings.keep_unsure, self.settings.keep_limit
+        if folder is not None:
+            self.keeper = Keeper(folder, limit, lambda what: self.metrics.kept.labels(what).inc())
 
     @property
     def application(self) -> Starlette:
@@ -103,7 +118,17 @@ class Server:
                 f"there are no segments beside {classifier.bundle.model}; serve the bundle folder, "
                 "with segments/ in it"
             )
+        if made.shift_state is not None and classifier.shift is None:
+            raise InputError(
+                f"{classifier.bundle.model} has no histogram, so nothing can watch for shift; run "
+                "the stage calibrate again, or leave --shift-state out"
+            )
         return classifier
+
+    def watch(self, classifier: Classifier) -> None:
+        """Keep the state of shift in its file. Errors: InputError when that cannot be."""
+        if self.settings.shift_state is not None:
+            classifier.keep_shift(self.settings.shift_state)
 
     def _open(self) -> Batches:
         made, classifier = self.settings, self.check()
@@ -112,6 +137,7 @@ class Server:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.batches = await asyncio.to_thread(self._open)
+        self.watch(self.batches.classifier)
         self.batches.start()
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             loop = asyncio.get_running_loop()
@@ -119,6 +145,9 @@ class Server:
         _LOG.info("ready", extra={"fields": {"bundle": str(self.settings.bundle)}})
         yield
         await self.batches.close()
+        self.batches.classifier.close()
+        if self.keeper is not None:
+            await asyncio.to_thread(self.keeper.close)
 
     async def reload(self) -> bool:
         """Serve what is in the folder now; what was accepted is answered by the old model.
@@ -131,6 +160,12 @@ class Server:
             _LOG.error("the old model stays", extra={"fields": {"error": str(error)}})
             return False
         old, self.batches = self.batches, fresh
+        if old is not None:
+            try:
+                fresh.classifier.take_over_shift(old.classifier)
+            except InputError as error:
+                fields = {"error": str(error)}
+                _LOG.error("the state of shift is kept in memory alone", extra={"fields": fields})
         fresh.start()
         if old is not None:
             await old.close()
@@ -247,6 +282,10 @@ class Server:
         batches = self._open_batches
         self.metrics.waiting.set(batches.images)
         self.metrics.backlog.set(batches.backlog)
+        if (shift := batches.classifier.shift) is not None:
+            self.metrics.shift_evidence.set(shift.evidence)
+            self.metrics.shift_alarm.set(shift.alarm)
+            self.metrics.shift_images.set(shift.images)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _infer(self, request: Request) -> Response:
@@ -264,6 +303,7 @@ class Server:
         asked = parse_infer(body, int(length) if length else None, classifier.image_shape, most)
         answers = await batches.answer(asked.images, asked.requirements, arrived)
         self._count(answers)
+        self._keep(asked.images, answers, classifier)
         labels = np.where(answers.unsure, -1, answers.probabilities.argmax(-1))
         names = np.asarray([*classifier.classes, "unsure"], object)  # -1 is the last
         values = {
@@ -285,19 +325,24 @@ class Server:
         pixels = await asyncio.to_thread(_decode, body, classifier)
         answers = await batches.answer(pixels[None], requirements, arrived)
         self._count(answers)
-        probabilities = answers.probabilities[0]
-        label, unsure = int(probabilities.argmax()), bool(answers.unsure[0])
-        return JSONResponse(
-            {
-                "class": "unsure" if unsure else classifier.classes[label],
-                "label": -1 if unsure else label,
-                "probability": round(float(probabilities[label]), 6),
-                "exit": int(answers.exit[0]),
-                **_said(answers),
-            }
-        )
+        self._keep(pixels[None], answers, classifier)
+        return JSONResponse(_answer(answers, 0, classifier))
+
+    def _keep(self, images: NDArray[np.uint8], answers: Answers, classifier: Classifier) -> None:
+        """Hand the images that are to be labelled to the keeper."""
+        if self.keeper is None:
+            return
+        for number, exit in enumerate(answers.exit.tolist()):
+            if no_exit_was_sure(answers.point, exit) or not answers.holds:
+                said = partial(_kept, time.time(), answers, number, classifier)
+                self.keeper.offer(images[number], said)
 
     def _count(self, answers: Answers) -> None:
+        if self._alarm and answers.holds:
+            self._alarm = False  # a model of another policy has taken over
+        elif not self._alarm and not answers.holds:
+            self._alarm = True
+            _LOG.error("alarm of shift: images do not come as in calibration; promises are void")
         self.metrics.latency.observe(answers.seconds)
         self.metrics.late.inc(answers.late)
         for exit, count in zip(*np.unique(answers.exit, return_counts=True), strict=True):
@@ -336,15 +381,37 @@ class Server:
 def _said(answers: Answers) -> dict[str, Any]:
     """The parameters of a response: point, promises, time."""
     promised = {
-        f"promised_{name}": round(v, 6) for name, v in answers.promised.items() if name != "delta"
+        f"promised_{name}": round(v, 6)
+        for name, v in answers.promised.items()
+        if name != "delta" and answers.holds
     }
     return {
         "point": answers.point.name,
+        "promised": answers.holds,
         **promised,
         "delta": answers.promised["delta"],
         "milliseconds": round(answers.seconds * 1e3, 3),
         "late": answers.late,
     }
+
+
+def _answer(answers: Answers, number: int, classifier: Classifier) -> dict[str, Any]:
+    """What is said about one image of a request."""
+    probabilities = answers.probabilities[number]
+    label, unsure = int(probabilities.argmax()), bool(answers.unsure[number])
+    return {
+        "class": "unsure" if unsure else classifier.classes[label],
+        "label": -1 if unsure else label,
+        "probability": round(float(probabilities[label]), 6),
+        "exit": int(answers.exit[number]),
+        **_said(answers),
+    }
+
+
+def _kept(now: float, answers: Answers, number: int, classifier: Classifier) -> dict[str, Any]:
+    """What lies beside a kept image."""
+    said = {"time": now, **_answer(answers, number, classifier)}
+    return said | {"probabilities": answers.probabilities[number].tolist()}
 
 
 class _Picture(io.BytesIO):

@@ -47,7 +47,7 @@ class Answers:
     """What a request gets: `exit` `[N]` in 0..E (E = voted), `probabilities` `[N, K]`.
 
     `promised`: what holds for the point, by the names of requirements. `late`: a deadline was
-    missed all the same.
+    missed all the same. `holds`: false after an alarm of shift, when nothing is promised.
     """
 
     exit: NDArray[np.int64]
@@ -56,6 +56,7 @@ class Answers:
     promised: Mapping[str, float]
     seconds: float
     late: bool
+    holds: bool = True
 
     @property
     def unsure(self) -> NDArray[np.bool_]:
@@ -305,7 +306,10 @@ class Batches:
             np.asarray([part.job.point.thresholds[segment] for part in parts], np.float32),
             [len(part.places) for part in parts],
         )
-        return earlier, features, self._segments.score.at(earlier, segment) > thresholds
+        scores = self._segments.score.at(earlier, segment)
+        if segment == 0:  # in the order in which images came, whatever they show
+            self.classifier.weigh(scores.tolist())
+        return earlier, features, scores > thresholds
 
     def _settle(
         self,
@@ -337,7 +341,10 @@ class Batches:
                 bias, now = job.point.bias, time.perf_counter()
                 probabilities = biased(job.probabilities, bias) if bias else job.probabilities
                 took, late = now - job.arrived, now > job.deadline
-                answers = Answers(job.exit, probabilities, job.point, job.promised, took, late)
+                holds = self.classifier.promised
+                answers = Answers(
+                    job.exit, probabilities, job.point, job.promised, took, late, holds
+                )
                 job.done.set_result(answers)
 
     def _fail(self, parts: list[_Part], segment: int, error: Exception) -> None:

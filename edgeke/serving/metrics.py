@@ -22,6 +22,14 @@ class Metrics:
         self.refused = made(Counter, "edgeke_refusals", "Requests refused", ("reason",))
         self.waiting = made(Gauge, "edgeke_waiting_images", "Images that wait for a segment")
         self.backlog = made(Gauge, "edgeke_backlog_seconds", "Expected seconds of work that wait")
+        self.shift_evidence = made(
+            Gauge,
+            "edgeke_shift_evidence",
+            "That images no longer come as in calibration: 1 is none",
+        )
+        self.shift_alarm = made(Gauge, "edgeke_shift_alarm", "1 after an alarm: promises are void")
+        self.shift_images = made(Gauge, "edgeke_shift_images", "Images weighed for shift")
+        self.kept = made(Counter, "edgeke_kept", "Images to be kept, by outcome", ("outcome",))
         self.latency = made(
             Histogram,
             "edgeke_latency_seconds",

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import helper
 from PIL import Image
-from toys import CLASSES, ROOT, replace
+from toys import CLASSES, ROOT, SIZE, replace
 
 from edgeke.device import cli
 from edgeke.device.classifier import Classifier
@@ -73,7 +73,20 @@ def test_predict_answers_every_image(bundle, images, tmp_path, run):
     code, out, _ = run("predict", bundle, tmp_path / "b.png", "--json", "--max-degradation", 0.9)
     row = json.loads(out)
     assert row["class"] == CLASSES[row["label"]]
-    assert set(row) == {"image", "label", "class", "probability", "exit", "point", "latency_ms"}
+    expected = {"image", "label", "class", "probability", "exit", "point", "promised", "latency_ms"}
+    assert set(row) == expected
+
+
+def test_predict_keeps_the_state_of_shift_over_many_calls(bundle, tmp_path, run):
+    np.save(tmp_path / "dark.npy", np.zeros((SIZE, SIZE, 1), np.uint8))
+    dark, state = [tmp_path / "dark.npy"] * 60, tmp_path / "shift.json"
+    for _ in range(3):
+        code, out, _ = run("predict", bundle, *dark, "--shift-state", state)
+        assert code == 0
+    assert "nothing is promised: images do not come as in calibration" in out.splitlines()[-1]
+    assert json.loads(state.read_text())["images"] == 180
+    _, out, _ = run("predict", bundle, dark[0], "--json", "--shift-state", state)
+    assert json.loads(out)["promised"] is False
 
 
 def test_requirements_reach_the_choice(bundle, images, tmp_path, run):
