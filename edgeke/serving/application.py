@@ -20,13 +20,14 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from edgeke.device.choice import UnmetError
 from edgeke.device.classifier import Classifier
 from edgeke.device.decode import fit_picture, open_picture
 from edgeke.errors import InputError
+from edgeke.serving import page
 from edgeke.serving.batches import Answers, Batches, BusyError
 from edgeke.serving.metrics import Metrics
 from edgeke.serving.protocol import (
@@ -40,6 +41,7 @@ from edgeke.serving.protocol import (
 MODEL = "edgeke"
 VERSION = "1"
 _LOG = logging.getLogger("edgeke.serving")
+_MOST_PROBABLE = 5  # classes whose probability /classify gives
 _FREE = ("/v2/health/live", "/v2/health/ready")  # no token: load balancers have none
 
 
@@ -79,6 +81,9 @@ class Server:
             Route("/v2/health/ready", self._ready),
             Route("/classify", self._classify, methods=["POST"]),
             Route("/metrics", self._metrics),
+            Route("/page/model.json", self._page_model),
+            Route("/page/model.onnx", self._page_file),
+            Route("/page/samples/{name}", self._page_sample),
         ]
         for prefix in (model, f"{model}/versions/{VERSION}"):
             routes += [
@@ -89,7 +94,7 @@ class Server:
         for route in routes:
             route.app = self._guarded(route)
         return Starlette(
-            routes=routes,
+            routes=[*routes, *page.routes()],
             lifespan=self._lifespan,
             exception_handlers={HTTPException: self._http_error},  # type: ignore[dict-item]
         )
@@ -198,7 +203,7 @@ class Server:
 
     async def _http_error(self, _: Request, error: HTTPException) -> Response:
         self.metrics.requests.labels(str(error.status_code)).inc()
-        known = "there is /v2, /v2/models/edgeke, /v2/models/edgeke/infer, /classify, /metrics"
+        known = "there is /, /v2, /v2/models/edgeke, /v2/models/edgeke/infer, /classify, /metrics"
         return _refusal(error.status_code, known if error.status_code == 404 else error.detail)
 
     async def _live(self, _: Request) -> Response:
@@ -278,13 +283,16 @@ class Server:
     async def _classify(self, request: Request) -> Response:
         arrived = time.perf_counter()
         self._open_batches.check_load()
-        requirements = check_requirements(dict(request.query_params))
+        query = dict(request.query_params)
+        name = query.pop("point", None)
+        requirements = check_requirements(query)
         body = await self._body(request)
         batches = self._open_batches
         classifier = batches.classifier
         pixels = await asyncio.to_thread(_decode, body, classifier)
-        answers = await batches.answer(pixels[None], requirements, arrived)
-        self._count(answers)
+        answers = await batches.answer(pixels[None], requirements, arrived, name)
+        if name is None:  # what the page compares with does not count as an exit taken
+            self._count(answers)
         probabilities = answers.probabilities[0]
         label, unsure = int(probabilities.argmax()), bool(answers.unsure[0])
         return JSONResponse(
@@ -292,10 +300,27 @@ class Server:
                 "class": "unsure" if unsure else classifier.classes[label],
                 "label": -1 if unsure else label,
                 "probability": round(float(probabilities[label]), 6),
+                "probabilities": {
+                    classifier.classes[k]: round(float(probabilities[k]), 6)
+                    for k in np.argsort(-probabilities, kind="stable")[:_MOST_PROBABLE]
+                },
                 "exit": int(answers.exit[0]),
                 **_said(answers),
             }
         )
+
+    async def _page_model(self, _: Request) -> Response:
+        samples = page.list_samples(self.settings.bundle)
+        return JSONResponse(page.describe(self._open_batches.classifier, samples))
+
+    async def _page_file(self, _: Request) -> Response:
+        return FileResponse(self._open_batches.classifier.bundle.model)
+
+    async def _page_sample(self, request: Request) -> Response:
+        for file in page.list_samples(self.settings.bundle):
+            if file.name == request.path_params["name"]:
+                return FileResponse(file)
+        raise HTTPException(404, "there is no such sample")
 
     def _count(self, answers: Answers) -> None:
         self.metrics.latency.observe(answers.seconds)

@@ -169,18 +169,26 @@ class Batches:
         self._pool.shutdown()
 
     async def answer(
-        self, images: NDArray[np.uint8], requirements: Mapping[str, Any], arrived: float
+        self,
+        images: NDArray[np.uint8],
+        requirements: Mapping[str, Any],
+        arrived: float,
+        name: str | None = None,
     ) -> Answers:
         """Answer images `[N, H, W, C]` within requirements; `arrived` by `time.perf_counter`.
 
-        Errors: UnmetError when no load would help, BusyError when less would; InputError for a
-        requirement that makes no sense.
+        `name`: of an operating point to use instead of requirements. Errors: UnmetError when no
+        load would help, BusyError when less would; InputError for a requirement that makes no
+        sense.
         """
         if not len(images):
             raise InputError("there are no images to answer")
         if self._closing:
             raise BusyError("the model is being replaced; ask again", 1.0)
-        point, promised = self._admit(len(images), requirements, arrived)
+        if name is None:
+            point, promised = self._admit(len(images), requirements, arrived)
+        else:
+            point, promised = self._at(name, requirements)
         count, classes = len(images), len(self.classifier.classes)
         reached = np.asarray(point.reached, float)
         after = np.cumsum((self._shared * reached)[::-1])[::-1]
@@ -218,6 +226,15 @@ class Batches:
             ) from None
         self.check_load()
         return point
+
+    def _at(
+        self, name: str, requirements: Mapping[str, Any]
+    ) -> tuple[OperatingPoint, dict[str, float]]:
+        if requirements:
+            raise InputError(f"give point or {', '.join(requirements)}, not both")
+        point = self.policy.point(name)
+        self.check_load()
+        return point, {"delta": self.policy.delta}
 
     def _choose(
         self, count: int, requirements: Mapping[str, Any], waits: float
