@@ -73,9 +73,10 @@ class Page:
         return result["result"].get("value")
 
     def wait(self, condition: str, seconds: float = 30) -> None:
-        """Wait until an expression is true."""
+        """Wait until an expression is true; one that fails is not yet."""
+        safe = f"(() => {{ try {{ return Boolean({condition}) }} catch {{ return false }} }})()"
         end = time.monotonic() + seconds
-        while not self.js(f"Boolean({condition})"):
+        while not self.js(safe):
             assert time.monotonic() < end, (condition, self.js("document.body.innerText"))
             time.sleep(0.05)
 

@@ -133,7 +133,7 @@ function choose(ms, share) {
   }
   const cost = (point) => point.shares.reduce((sum, part, exit) => sum + part * local.costs[exit], 0);
   const better = (a, b) =>
-    ms === null ? cost(a) - cost(b) || b.accuracy - a.accuracy : b.accuracy - a.accuracy || cost(a) - cost(b);
+    share !== null ? cost(a) - cost(b) || b.accuracy - a.accuracy : b.accuracy - a.accuracy || cost(a) - cost(b);
   const point = kept.toSorted(better)[0];
   return [point, point.promised[cap]];
 }
@@ -382,4 +382,5 @@ document.addEventListener("drop", failing(async (event) => {
 setInterval(() => countServer().catch(() => {}), 1000); // the server may be away for a while
 failing(start)();
 
-export { choose, opened, scaled }; // for tests
+const timesHere = () => ({ costs: local.costs, worst: local.worst });
+export { choose, opened, scaled, timesHere }; // for tests
