@@ -93,11 +93,11 @@ def application(settings: Settings, least: int, most: int) -> serve.Application:
         limits = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": _TARGET}
         scaling = {"autoscaling_config": limits}
     scaling["max_ongoing_requests"] = _ONGOING
-    replicas = serve.deployment(
-        Replica, ray_actor_options={"num_cpus": settings.threads}, **scaling
-    )
-    front = serve.deployment(Front, ray_actor_options={"num_cpus": 0}, **scaling)
-    return front.bind(replicas.bind(settings), settings)
+    deployment: Any = serve.deployment
+    replica = deployment(Replica, ray_actor_options={"num_cpus": settings.threads}, **scaling)
+    front = deployment(Front, ray_actor_options={"num_cpus": 0}, **scaling)
+    made: serve.Application = front.bind(replica.bind(settings), settings)
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return report(error)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING)
+    cluster = os.environ.get("RAY_ADDRESS")
+    dashboard = None if cluster else False
+    ray.init(cluster or "local", logging_level=logging.WARNING, include_dashboard=dashboard)
     serve.start(http_options={"host": options.host, "port": options.port})
     ended = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
