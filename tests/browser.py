@@ -1,4 +1,8 @@
-"""Headless Chromium, driven over its DevTools protocol."""
+"""Headless Chromium, driven over its DevTools protocol.
+
+PYTHONPATH=tests python -m browser http://127.0.0.1:8000 docs/pictures  takes docs/serving.md's
+pictures of a server of the digits, with onnxruntime-web (`make web`).
+"""
 
 import asyncio
 import base64
@@ -7,6 +11,8 @@ import itertools
 import json
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -137,3 +143,27 @@ def chromium(folder: Path) -> Iterator[Page]:
         process.terminate()
         process.wait(30)
         loop.close()
+
+
+def take_pictures(url: str, folder: Path) -> None:
+    """The page on a desktop, asking the server, and on a phone that runs the model itself."""
+    answered = "Number(document.body.dataset.answered)"
+    with tempfile.TemporaryDirectory() as name, chromium(Path(name)) as page:
+        page.resize(1100, 720)
+        page.go(url)
+        page.wait("document.querySelectorAll('#samples button').length == 12")
+        page.js("document.getElementById('degradation').value = 14")
+        page.js("document.getElementById('all').click()")
+        page.wait(f"{answered} == 12", 120)
+        time.sleep(2)  # the next count of exits
+        page.picture(folder / "page_desktop.png")
+        page.resize(390, 844)
+        page.js("document.getElementById('browser').click()")
+        page.wait(f"{answered} == 13", 120)
+        page.js("document.getElementById('all').click()")
+        page.wait(f"{answered} == 25", 120)
+        page.picture(folder / "page_phone.png")
+
+
+if __name__ == "__main__":
+    take_pictures(sys.argv[1], Path(sys.argv[2]))

@@ -43,7 +43,7 @@ def replicas(process: subprocess.Popen) -> set[int]:
 @pytest.mark.slow
 def test_a_killed_replica_loses_nothing(bundle, images, tmp_path):
     """Two replicas under load; one is killed; every request gets the right answer."""
-    port, log = free_port(), tmp_path / "log"
+    port, log, stop = free_port(), tmp_path / "log", threading.Event()
     command = [sys.executable, "-m", "edgeke.serving.on_ray", str(bundle), "--replicas", "2"]
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -58,14 +58,14 @@ def test_a_killed_replica_loses_nothing(bundle, images, tmp_path):
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.5)
         expected = [each.label for each in Classifier(bundle).predict_batch(images[:40])]
-        seen, stop = Counter[tuple[int, bool]](), threading.Event()
+        seen = Counter[tuple[int, bool]]()
 
         def ask() -> None:
             while not stop.is_set():
                 status, labels = ask_for(url, images[:40])
                 seen[status, labels == expected] += 1
 
-        clients = [threading.Thread(target=ask) for _ in range(16)]
+        clients = [threading.Thread(target=ask, daemon=True) for _ in range(16)]
         for client in clients:
             client.start()
         before = replicas(process)
@@ -86,5 +86,6 @@ def test_a_killed_replica_loses_nothing(bundle, images, tmp_path):
         assert set(seen) == {(200, True)}, (seen, log.read_text()[-3000:])
         assert seen[200, True] > 100
     finally:
+        stop.set()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
