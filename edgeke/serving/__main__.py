@@ -71,6 +71,7 @@ def _serve(options: argparse.Namespace) -> int:
         host=options.host,
         port=options.port,
         http="h11",
+        loop="asyncio",  # not whatever is installed
         h11_max_incomplete_event_size=_HEADERS,
         access_log=False,
         log_config=None,

@@ -1,5 +1,7 @@
 """The server on Ray Serve, on this machine."""
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -22,7 +24,7 @@ pytest.importorskip("ray.serve", reason="Ray is not installed (requirements-ray.
 
 
 def ask_for(url: str, images) -> tuple[int, list[int]]:
-    """Status and labels."""
+    """Status and labels; status 0 where no answer came."""
     tensor = {"name": "image", "datatype": "UINT8", "shape": images.shape, "data": images.tolist()}
     body = json.dumps({"inputs": [tensor]}).encode()
     request = urllib.request.Request(f"{url}/v2/models/edgeke/infer", body)
@@ -32,12 +34,18 @@ def ask_for(url: str, images) -> tuple[int, list[int]]:
     except urllib.error.HTTPError as error:
         error.close()
         return error.code, []
+    except (OSError, http.client.HTTPException):
+        return 0, []
 
 
 def replicas(process: subprocess.Popen) -> set[int]:
     """The process ids of the model's replicas."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return {child.pid for child in children if "Replica:edgeke:Replica" in child.cmdline()[0]}
+    pids = set()
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            if "Replica:edgeke:Replica" in " ".join(child.cmdline()):
+                pids.add(child.pid)
+    return pids
 
 
 @pytest.mark.slow
