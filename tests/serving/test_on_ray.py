@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 
+import numpy as np
 import psutil
 import pytest
 from servers import answers, free_port
@@ -23,19 +24,19 @@ from edgeke.device.classifier import Classifier
 pytest.importorskip("ray.serve", reason="Ray is not installed (requirements-ray.txt)")
 
 
-def ask_for(url: str, images) -> tuple[int, list[int]]:
-    """Status and labels; status 0 where no answer came."""
-    tensor = {"name": "image", "datatype": "UINT8", "shape": images.shape, "data": images.tolist()}
-    body = json.dumps({"inputs": [tensor]}).encode()
-    request = urllib.request.Request(f"{url}/v2/models/edgeke/infer", body)
+def ask_for(url: str, body: bytes, expected: list[int]) -> str:
+    """What becomes of a request: right, wrong, refused (so not accepted), or lost."""
     try:
+        request = urllib.request.Request(f"{url}/v2/models/edgeke/infer", body)
         with urllib.request.urlopen(request, timeout=120) as response:
-            return response.status, json.load(response)["outputs"][0]["data"]
+            labels = json.load(response)["outputs"][0]["data"]
+            return "right" if labels == expected else "wrong"
     except urllib.error.HTTPError as error:
-        error.close()
-        return error.code, []
-    except (OSError, http.client.HTTPException):
-        return 0, []
+        with error:
+            busy = error.code == 503 and b"of work wait" in error.read()
+            return "refused" if busy else f"lost ({error.code})"
+    except (OSError, http.client.HTTPException) as error:
+        return f"lost ({error})"
 
 
 def replicas(process: subprocess.Popen) -> set[int]:
@@ -61,23 +62,25 @@ def test_a_killed_replica_loses_nothing(bundle, images, tmp_path):
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + 240
-        while not answers(f"{url}/v2/health/ready"):
+        while not answers(f"{url}/v2/health/ready") or len(replicas(process)) < 2:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.5)
-        expected = [each.label for each in Classifier(bundle).predict_batch(images[:40])]
-        seen = Counter[tuple[int, bool]]()
+        # Large enough that most of a request's time is spent in a replica.
+        many = np.concatenate([images] * 20)
+        expected = [each.label for each in Classifier(bundle).predict_batch(many)]
+        tensor = {"name": "image", "datatype": "UINT8", "shape": many.shape}
+        body = json.dumps({"inputs": [tensor | {"data": many.tolist()}]}).encode()
+        seen = Counter[str]()
 
         def ask() -> None:
             while not stop.is_set():
-                status, labels = ask_for(url, images[:40])
-                seen[status, labels == expected] += 1
+                seen[ask_for(url, body, expected)] += 1
 
-        clients = [threading.Thread(target=ask, daemon=True) for _ in range(16)]
+        clients = [threading.Thread(target=ask, daemon=True) for _ in range(8)]
         for client in clients:
             client.start()
         before = replicas(process)
-        assert len(before) == 2
         time.sleep(2)
         for _ in range(2):  # the second one after the first is back
             victim = min(replicas(process) & before)
@@ -91,8 +94,8 @@ def test_a_killed_replica_loses_nothing(bundle, images, tmp_path):
         stop.set()
         for client in clients:
             client.join()
-        assert set(seen) == {(200, True)}, (seen, log.read_text()[-3000:])
-        assert seen[200, True] > 100
+        assert set(seen) <= {"right", "refused"}, (seen, log.read_text()[-3000:])
+        assert seen["right"] > 50
     finally:
         stop.set()
         process.send_signal(signal.SIGTERM)
