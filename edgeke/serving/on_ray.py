@@ -7,6 +7,7 @@ answered: what a replica had accepted when it died goes to another one. docs/ser
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,14 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray import serve
-from ray.exceptions import RayActorError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from edgeke.errors import InputError, report
+from edgeke.serving.__main__ import read_token
 from edgeke.serving.application import CAME, Server, Settings
+
+try:
+    import ray
+    from ray import serve
+    from ray.exceptions import RayActorError
+except ImportError as error:
+    raise ImportError("Ray is missing: pip install -r requirements-ray.txt") from error
 
 # More than our own admission ever lets wait, so that Ray's queue never decides.
 _ONGOING = 10_000
@@ -110,11 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime, in each replica")
     parser.add_argument("--token-file", type=Path, help="clients must send what is in it")
     options = parser.parse_args(arguments)
-    least, _, most = options.replicas.partition("-")
+    numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", options.replicas)
+    least, most = (int(n) for n in numbers.groups(numbers[1])) if numbers else (0, 0)
     try:
-        if not (least.isdecimal() and (most or least).isdecimal() and int(least) >= 1):
+        if not 1 <= least <= most:
             raise InputError(f"--replicas {options.replicas} must be like 2, or 1-4")
-        token = options.token_file.read_text().strip() if options.token_file else None
+        token = read_token(options.token_file)
         settings = Settings(options.bundle, threads=options.threads, token=token)
         Server(settings).check()
     except InputError as error:
@@ -127,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ended = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: ended.set())
-    serve.run(application(settings, int(least), int(most or least)), name="edgeke")
+    serve.run(application(settings, least, most), name="edgeke")
     ended.wait()
     serve.shutdown()  # type: ignore[no-untyped-call]  # answers what was accepted
     return 0

@@ -100,3 +100,11 @@ def test_a_killed_replica_loses_nothing(bundle, images, tmp_path):
         stop.set()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("number", ["0", "4-1", "1-", "two", "1-2-3"])
+def test_a_number_of_replicas_without_sense_is_refused(bundle, capsys, number):
+    from edgeke.serving.on_ray import main
+
+    assert main([str(bundle), "--replicas", number]) == 1
+    assert f"--replicas {number} must be like 2, or 1-4" in capsys.readouterr().err
