@@ -2,7 +2,7 @@
 VENV := .venv/bin
 export PATH := $(CURDIR)/$(VENV):$(PATH)
 
-.PHONY: serve help setup setup-test run demo test check show compare plots picture ui bundle promote resend test-all
+.PHONY: serve web help setup setup-test run demo test check show compare plots picture ui bundle promote resend test-all
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -55,6 +55,9 @@ bundle: setup ## bundle/ and bundle.zip: the built model with all it needs on a 
 serve: ## answer over HTTP at http://127.0.0.1:8000 (docs/serving.md)
 	@scripts/setup requirements-serving.txt
 	python -m edgeke.serving models
+
+web: ## onnxruntime-web from npm, so that the server's page can run the model in the browser
+	@scripts/web
 
 promote: setup ## alias a certified model: make promote RUN=name-or-id [ALIAS=challenger]
 	python -m edgeke.promote $(RUN) --alias $(or $(ALIAS),champion)

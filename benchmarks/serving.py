@@ -6,6 +6,9 @@ answers, from another process, at 0.5 to 20 times the capacity found in (1): of 
 the share that its client had within the deadline, counted from when it should have been sent;
 exits, accuracy, refusals. (3) Median milliseconds that one client's request takes beyond
 `Classifier.predict`. Loopback, one ONNX Runtime thread. The last line is JSON.
+
+With --ray instead: images a second of 1 and of 2 replicas on Ray Serve, over those of the server
+alone, in turn.
 """
 
 import argparse
@@ -166,7 +169,7 @@ class Running:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         self.port = port
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready").close()
@@ -215,6 +218,25 @@ def overload(
     }
 
 
+def on_ray(
+    ours: list[str], bundle: Path, requests: list[bytes], seconds: float
+) -> dict[str, list[float]]:
+    """Of 1 and 2 replicas: the median, least and most of three ratios to the server alone."""
+    result = {}
+    for replicas in (1, 2):
+        command = [sys.executable, "-m", "edgeke.serving.on_ray", str(bundle)]
+        command += ["--port", str(PORT + 1), "--replicas", str(replicas)]
+        with Running(ours, PORT), Running(command, PORT + 1):
+            ratios = []
+            for _ in range(3):  # interleaved
+                alone, ray = (
+                    elsewhere(closed_loop, port, requests, 8, seconds) for port in (PORT, PORT + 1)
+                )
+                ratios.append(ray / alone)
+        result[f"{replicas}_over_alone"] = [statistics.median(ratios), min(ratios), max(ratios)]
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bundle", type=Path, default=Path("models"))
@@ -222,6 +244,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="in each request")
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--deadline-ms", type=float, default=100.0)
+    parser.add_argument("--ray", action="store_true", help="throughput on Ray Serve")
     parser.add_argument("--static", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.static:
@@ -243,6 +266,9 @@ def main() -> None:
     static = json.dumps([str(plain), list(images.shape[1:]), PORT + 1])
     ours = [sys.executable, "-m", "edgeke.serving", str(options.bundle), "--log-level", "error"]
     ours += ["--port", str(PORT), "--longest", "60"]
+    if options.ray:
+        print(json.dumps(on_ray(ours, options.bundle, requests, options.seconds / 2)))
+        return
     theirs = [sys.executable, "-m", "benchmarks.serving", "--static", static]
     result: dict[str, Any] = {"bundle": str(plain), "images_per_request": options.images}
     with Running(ours, PORT), Running(theirs, PORT + 1):

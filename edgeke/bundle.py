@@ -112,6 +112,9 @@ def _fill(target: Path, models: Path, networks: Sequence[Path]) -> None:
         precision.mkdir(parents=True)
         for file in [manifest, *sorted(manifest.parent.glob("*.onnx"))]:
             shutil.copyfile(file, precision / file.name)
+    for picture in sorted((models / "samples").glob("*.png")):
+        (target / "samples").mkdir(exist_ok=True)
+        shutil.copyfile(picture, target / "samples" / picture.name)
     copy_device_package(target)
     licence = Path(__file__).parents[1] / "LICENSE"
     if licence.is_file():

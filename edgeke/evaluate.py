@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from edgeke.bundle import copy_device_package
 from edgeke.data.dataset import Split, channels_last
@@ -31,6 +32,11 @@ _BY_CLASS = ("default", "full")
 _INSPECTED = {"max_miss": "miss", "min_recall": "recall", "max_sure_error": "sure_error"}
 _LABELLED = ("main", "plain", "teacher")
 
+# Sources whose licence lets us pass pictures on: digits. CIFAR states none, ELPV's is for
+# non-commercial use, and a user's own pictures are not ours to give away.
+_SHARED = ("digits",)
+_SAMPLES = 12
+
 Row = dict[str, object]
 
 
@@ -38,6 +44,7 @@ Row = dict[str, object]
 class Evaluation:
     """Metrics, policies by precision, rows of the pictures, and the device in words.
 
+    `by_certainty` `[N]`: the images' numbers, from the one that exit 0 is surest of.
     `frontier`: accuracy against cost. `leavers`: for each named point and exit the share of images
     that left there, their accuracy, and the mean latency of those that were timed. `classes`:
     recall and precision of the default point and the full network; `confusion`: what they answer
@@ -54,6 +61,7 @@ class Evaluation:
     warnings: list[str]
     profile: list[Row]
     device: dict[str, object]
+    by_certainty: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,27 @@ def evaluate(
         warnings=[f"the point {name} {reason}" for name, reason in words.items() if reason],
         profile=profile,
         device=device,
+        by_certainty=np.argsort(-answers["exit_0"].max(-1), kind="stable"),
     )
+
+
+def write_samples(
+    folder: Path, source: str, images: NDArray[np.uint8], by_certainty: NDArray[np.int64]
+) -> None:
+    """Up to twelve of the images `[N, H, W, C]` as PNGs, from the easiest to the hardest.
+
+    They ride in the bundle, for the page that serves it; the folder stays empty where the
+    source's licence does not let pictures be passed on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    if source in _SHARED:
+        count = min(_SAMPLES, len(images))
+        for number, place in enumerate(np.linspace(0, len(images) - 1, count).round().astype(int)):
+            pixels = images[by_certainty[place]]
+            grey = pixels.shape[-1] == 1
+            Image.fromarray(pixels[..., 0] if grey else pixels).save(folder / f"{number:02}.png")
 
 
 def inspected(

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from edgeke.data.dataset import load_dataset
-from edgeke.evaluate import evaluate, headline
+from edgeke.data.dataset import channels_last, load_dataset
+from edgeke.evaluate import evaluate, headline, write_samples
 from edgeke.files import read_json, write_json, write_table
 from edgeke.params import Params
 from edgeke.tracking.runs import Run
@@ -28,6 +28,8 @@ def run(params: Params, log: Run) -> dict[str, float]:
         print(f"warning: {words} on the test split (results/evaluate/classes.csv)", file=sys.stderr)
     write_table(results / "profile.csv", evaluation.profile)
     write_json(results / "device.json", evaluation.device)
+    test = channels_last(dataset["test"].images)
+    write_samples(models / "samples", dataset.source, test, evaluation.by_certainty)
     log.headline(headline(evaluation, read_json(Path("results/calibrate/metrics.json"))))
     log.model(models)
     return evaluation.metrics

@@ -20,6 +20,7 @@ def models(tmp_path):
         "teacher.safetensors", "logits.safetensors", "static/main.onnx", "branches/0.json",
         "segments/segments.json", "segments/fp32/segments.json", "segments/fp32/0.onnx",
         "segments/int8/segments.json", "segments/int8/0.onnx", "segments/int8/profile.json",
+        "samples/00.png",
     ):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
@@ -35,7 +36,7 @@ def test_a_bundle_holds_what_a_device_needs_and_no_more(models, tmp_path):
     content = files(tmp_path / "out" / "bundle")
     package = {name for name in content if name.startswith("edgeke/")}
     assert content - package == {
-        "edgeke.onnx", "edgeke.int8.onnx", "README.md", "LICENSE", "CONTENTS.txt",
+        "edgeke.onnx", "edgeke.int8.onnx", "README.md", "LICENSE", "CONTENTS.txt", "samples/00.png",
         "segments/fp32/segments.json", "segments/fp32/0.onnx",
         "segments/int8/segments.json", "segments/int8/0.onnx",
     }  # fmt: skip

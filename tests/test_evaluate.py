@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from draws import settings
+from PIL import Image
 from toys import CLASSES, SIZE, randomise, replace
 
 from edgeke.calibrate import calibrate
@@ -14,7 +15,7 @@ from edgeke.device.manifest import MANIFEST, Manifest
 from edgeke.device.policy import RequirementResult
 from edgeke.device.scores import Score, calibrated_probabilities
 from edgeke.errors import InputError
-from edgeke.evaluate import Evaluation, evaluate, headline, inspected, kept
+from edgeke.evaluate import Evaluation, evaluate, headline, inspected, kept, write_samples
 from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static, list_blocks
@@ -256,3 +257,17 @@ def test_broken_files_are_refused(built, dataset, tmp_path: Path):
     (models / "edgeke.onnx").write_bytes(whole)
     with pytest.raises(InputError, match=r"edgeke\.onnx is no one-file model of EdgeKE"):
         evaluate(models, STATIC_MACS, dataset["test"], SETTINGS)
+
+
+def test_samples_go_from_easy_to_hard_where_the_licence_permits(
+    evaluation, dataset, tmp_path: Path
+):
+    images, order = channels_last(dataset["test"].images), evaluation.by_certainty
+    assert sorted(order) == list(range(len(images)))
+    write_samples(tmp_path, "digits", images, order)
+    files = sorted(tmp_path.glob("*.png"))
+    assert len(files) == 12
+    for file, number in ((files[0], order[0]), (files[-1], order[-1])):
+        assert (np.asarray(Image.open(file)) == images[number, ..., 0]).all()
+    write_samples(tmp_path, "folder", images, order)
+    assert not list(tmp_path.iterdir()), "nobody else's pictures, and no older ones"

@@ -47,6 +47,18 @@ def main(arguments: list[str] | None = None) -> int:
         return report(error)
 
 
+def read_token(file: Path | None) -> str | None:
+    """The token in a file; None without a file. Errors: InputError when there is none in it."""
+    if file is None:
+        return None
+    if not os.access(file, os.R_OK):
+        raise InputError(f"{file} cannot be read")
+    token = file.read_text().strip()
+    if not token:
+        raise InputError(f"{file} is empty; write a token into it")
+    return token
+
+
 def _serve(options: argparse.Namespace) -> int:
     try:
         import uvicorn
@@ -61,12 +73,10 @@ def _serve(options: argparse.Namespace) -> int:
         raise InputError("--batch must be 1 to 1024, --body-limit 1 to 4096 MiB")
     if (options.tls_certificate is None) != (options.tls_key is None):
         raise InputError("give both --tls-certificate and --tls-key, or neither")
-    for file in (options.tls_certificate, options.tls_key, options.token_file):
+    for file in (options.tls_certificate, options.tls_key):
         if file is not None and not os.access(file, os.R_OK):
             raise InputError(f"{file} cannot be read")
-    token = options.token_file.read_text().strip() if options.token_file else None
-    if token == "":
-        raise InputError(f"{options.token_file} is empty; write a token into it")
+    token = read_token(options.token_file)
     settings = Settings(
         options.bundle, options.precision, options.threads, token,
         options.body_limit * 2**20, batch=options.batch, longest=options.longest,
@@ -84,6 +94,7 @@ def _serve(options: argparse.Namespace) -> int:
         host=options.host,
         port=options.port,
         http="h11",
+        loop="asyncio",  # not whatever is installed
         h11_max_incomplete_event_size=_HEADERS,
         access_log=False,
         log_config=None,

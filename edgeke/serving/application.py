@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from edgeke.device.choice import UnmetError
 from edgeke.device.classifier import Classifier
 from edgeke.device.decode import fit_picture, open_picture
 from edgeke.errors import InputError
+from edgeke.serving import page
 from edgeke.serving.batches import Answers, Batches, BusyError
 from edgeke.serving.keep import Keeper, no_exit_was_sure
 from edgeke.serving.metrics import Metrics
@@ -40,9 +41,11 @@ from edgeke.serving.protocol import (
     write_infer,
 )
 
+CAME = "edgeke.came"  # in an ASGI scope: when a request came to the front, by the wall clock
 MODEL = "edgeke"
 VERSION = "1"
 _LOG = logging.getLogger("edgeke.serving")
+_MOST_PROBABLE = 5  # classes whose probability /classify gives
 _FREE = ("/v2/health/live", "/v2/health/ready")  # no token: load balancers have none
 
 
@@ -94,6 +97,9 @@ class Server:
             Route("/v2/health/ready", self._ready),
             Route("/classify", self._classify, methods=["POST"]),
             Route("/metrics", self._metrics),
+            Route("/page/model.json", self._page_model),
+            Route("/page/model.onnx", self._page_file),
+            Route("/page/samples/{name}", self._page_sample),
         ]
         for prefix in (model, f"{model}/versions/{VERSION}"):
             routes += [
@@ -104,7 +110,7 @@ class Server:
         for route in routes:
             route.app = self._guarded(route)
         return Starlette(
-            routes=routes,
+            routes=[*routes, *page.routes()],
             lifespan=self._lifespan,
             exception_handlers={HTTPException: self._http_error},  # type: ignore[dict-item]
         )
@@ -233,7 +239,7 @@ class Server:
 
     async def _http_error(self, _: Request, error: HTTPException) -> Response:
         self.metrics.requests.labels(str(error.status_code)).inc()
-        known = "there is /v2, /v2/models/edgeke, /v2/models/edgeke/infer, /classify, /metrics"
+        known = "there is /, /v2, /v2/models/edgeke, /v2/models/edgeke/infer, /classify, /metrics"
         return _refusal(error.status_code, known if error.status_code == 404 else error.detail)
 
     async def _live(self, _: Request) -> Response:
@@ -289,7 +295,7 @@ class Server:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _infer(self, request: Request) -> Response:
-        arrived = time.perf_counter()
+        arrived = _arrived(request)
         self._open_batches.check_load()
         body = await self._body(request)
         batches = self._open_batches  # the model may have been replaced meanwhile
@@ -316,16 +322,19 @@ class Server:
         return Response(content, headers=headers)
 
     async def _classify(self, request: Request) -> Response:
-        arrived = time.perf_counter()
+        arrived = _arrived(request)
         self._open_batches.check_load()
-        requirements = check_requirements(dict(request.query_params))
+        query = dict(request.query_params)
+        name = query.pop("point", None)
+        requirements = check_requirements(query)
         body = await self._body(request)
         batches = self._open_batches
         classifier = batches.classifier
         pixels = await asyncio.to_thread(_decode, body, classifier)
-        answers = await batches.answer(pixels[None], requirements, arrived)
-        self._count(answers)
-        self._keep(pixels[None], answers, classifier)
+        answers = await batches.answer(pixels[None], requirements, arrived, name)
+        if name is None:  # what the page compares with does not count as an exit taken
+            self._count(answers)
+            self._keep(pixels[None], answers, classifier)
         return JSONResponse(_answer(answers, 0, classifier))
 
     def _keep(self, images: NDArray[np.uint8], answers: Answers, classifier: Classifier) -> None:
@@ -336,6 +345,19 @@ class Server:
             if no_exit_was_sure(answers.point, exit) or not answers.holds:
                 said = partial(_kept, time.time(), answers, number, classifier)
                 self.keeper.offer(images[number], said)
+
+    async def _page_model(self, _: Request) -> Response:
+        samples = page.list_samples(self.settings.bundle)
+        return JSONResponse(page.describe(self._open_batches.classifier, samples))
+
+    async def _page_file(self, _: Request) -> Response:
+        return FileResponse(self._open_batches.classifier.bundle.model)
+
+    async def _page_sample(self, request: Request) -> Response:
+        for file in page.list_samples(self.settings.bundle):
+            if file.name == request.path_params["name"]:
+                return FileResponse(file)
+        raise HTTPException(404, "there is no such sample")
 
     def _count(self, answers: Answers) -> None:
         if self._alarm and answers.holds:
@@ -378,6 +400,12 @@ class Server:
         return await asyncio.to_thread(_unpack, bytes(body), encoding, limit)
 
 
+def _arrived(request: Request) -> float:
+    """When a request came, by `time.perf_counter`; one from another process has waited before."""
+    waited = time.time() - request.scope[CAME] if CAME in request.scope else 0.0
+    return time.perf_counter() - max(0.0, waited)
+
+
 def _said(answers: Answers) -> dict[str, Any]:
     """The parameters of a response: point, promises, time."""
     promised = {
@@ -403,6 +431,10 @@ def _answer(answers: Answers, number: int, classifier: Classifier) -> dict[str, 
         "class": "unsure" if unsure else classifier.classes[label],
         "label": -1 if unsure else label,
         "probability": round(float(probabilities[label]), 6),
+        "probabilities": {
+            classifier.classes[k]: round(float(probabilities[k]), 6)
+            for k in np.argsort(-probabilities, kind="stable")[:_MOST_PROBABLE]
+        },
         "exit": int(answers.exit[number]),
         **_said(answers),
     }

@@ -78,6 +78,7 @@ class _Job:
     probabilities: NDArray[np.float32]
     unanswered: int
     done: asyncio.Future[Answers]
+    weighed: bool  # towards shift; not where an answer is compared with
 
 
 @dataclass(eq=False)
@@ -170,18 +171,26 @@ class Batches:
         self._pool.shutdown()
 
     async def answer(
-        self, images: NDArray[np.uint8], requirements: Mapping[str, Any], arrived: float
+        self,
+        images: NDArray[np.uint8],
+        requirements: Mapping[str, Any],
+        arrived: float,
+        name: str | None = None,
     ) -> Answers:
         """Answer images `[N, H, W, C]` within requirements; `arrived` by `time.perf_counter`.
 
-        Errors: UnmetError when no load would help, BusyError when less would; InputError for a
-        requirement that makes no sense.
+        `name`: of an operating point to use instead of requirements. Errors: UnmetError when no
+        load would help, BusyError when less would; InputError for a requirement that makes no
+        sense.
         """
         if not len(images):
             raise InputError("there are no images to answer")
         if self._closing:
             raise BusyError("the model is being replaced; ask again", 1.0)
-        point, promised = self._admit(len(images), requirements, arrived)
+        if name is None:
+            point, promised = self._admit(len(images), requirements, arrived)
+        else:
+            point, promised = self._at(name, requirements)
         count, classes = len(images), len(self.classifier.classes)
         reached = np.asarray(point.reached, float)
         after = np.cumsum((self._shared * reached)[::-1])[::-1]
@@ -196,6 +205,7 @@ class Batches:
             np.empty((count, classes), np.float32),
             count,
             asyncio.get_running_loop().create_future(),
+            name is None,
         )
         nothing = np.empty((0, count, classes), np.float32)
         self._waiting[0].append(_Part(job, np.arange(count), images, nothing))
@@ -219,6 +229,15 @@ class Batches:
             ) from None
         self.check_load()
         return point
+
+    def _at(
+        self, name: str, requirements: Mapping[str, Any]
+    ) -> tuple[OperatingPoint, dict[str, float]]:
+        if requirements:
+            raise InputError(f"give point or {', '.join(requirements)}, not both")
+        point = self.policy.point(name)
+        self.check_load()
+        return point, {"delta": self.policy.delta}
 
     def _choose(
         self, count: int, requirements: Mapping[str, Any], waits: float
@@ -302,13 +321,14 @@ class Batches:
         probabilities, features = self._segments.probabilities(segment, features)
         earlier = _joined([part.earlier for part in parts], 1)
         earlier = np.concatenate([earlier, probabilities[None]])
+        sizes = [len(part.places) for part in parts]
         thresholds = np.repeat(
-            np.asarray([part.job.point.thresholds[segment] for part in parts], np.float32),
-            [len(part.places) for part in parts],
+            np.asarray([part.job.point.thresholds[segment] for part in parts], np.float32), sizes
         )
         scores = self._segments.score.at(earlier, segment)
         if segment == 0:  # in the order in which images came, whatever they show
-            self.classifier.weigh(scores.tolist())
+            weighed = np.repeat([part.job.weighed for part in parts], sizes)
+            self.classifier.weigh(scores[weighed].tolist())
         return earlier, features, scores > thresholds
 
     def _settle(

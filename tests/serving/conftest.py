@@ -81,3 +81,9 @@ def server(toy, tmp_path_factory) -> Iterator[SimpleNamespace]:
     copy = shutil.copytree(toy, tmp_path_factory.mktemp("asked") / "bundle")
     with serving(Path(copy)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., contextlib.AbstractContextManager[SimpleNamespace]]:
+    """`serving`, for servers of another bundle or scope."""
+    return serving

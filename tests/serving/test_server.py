@@ -2,6 +2,7 @@
 
 import gzip
 import http.client
+import io
 import json
 import random
 import shutil
@@ -107,6 +108,24 @@ def test_curl_posts_a_picture(server, toy, images, tmp_path, kind):
     assert answer["class"] == expected.class_name
     assert answer["exit"] == expected.exit
     assert answer["probability"] == pytest.approx(float(expected.probabilities.max()), abs=1e-5)
+
+
+def test_a_named_point_answers_and_does_not_count_as_an_exit_taken(server, toy, images):
+    file = io.BytesIO()
+    Image.fromarray(images[0, ..., 0]).save(file, "png")
+    before = counted(server)
+    status, answer = post(server, "/classify?point=full", file.getvalue())
+    assert (status, answer["point"], answer["exit"]) == (200, "full", 2)
+    expected = Classifier(toy).forced(2)(images[0]).probabilities
+    assert list(answer["probabilities"].values()) == pytest.approx(sorted(expected)[::-1], abs=1e-5)
+    exits = {k: v for k, v in counted(server).items() if k.startswith("edgeke_answers")}
+    assert exits == {k: before[k] for k in exits}
+    for query, said in (
+        ("point=none", "no operating point 'none'"),
+        ("point=full&delta=0.1", "not both"),
+    ):
+        status, answer = post(server, f"/classify?{query}", file.getvalue())
+        assert (status, said in answer["error"]) == (400, True)
 
 
 def test_what_cannot_be_met_names_the_nearest(server, images):
