@@ -4,11 +4,12 @@
 
 Logits are drawn with a known law (deeper exits are surer, hard images are hard for all), so that
 truth can be counted on 200,000 samples. Compares the solver with every combination of thresholds
-in steps of 0.01, times whole fits, and simulates 1,000 calibration draws. Then the rules of others:
-how often what each promises is broken, on drawn logits and, with `--models`, on what the exits of a
-bundle answer: a folder with edgeke.int8.onnx or edgeke.onnx, such as the `models/` of a project.
-Rules are fitted on validation; calibration and test together are the truth from which as many
-images as calibration has are drawn. `--errors` are the promised errors. The last line is JSON.
+in steps of 0.01, times whole fits, and simulates 1,000 calibration draws. Then the rules of others
+(`--peers`: only those): how often what each promises is broken. With `--models` not on drawn
+logits, but on what the exits of a bundle answer: a folder with edgeke.int8.onnx or edgeke.onnx,
+such as the `models/` of a project. Rules are fitted on validation; calibration and test together
+are the truth from which as many images as calibration has are drawn. `--errors` are the promised
+errors. The last line is JSON.
 """
 
 import argparse
@@ -281,7 +282,7 @@ def print_peers(
     cases = {"drawn": (draw(1000, 1), draw(20_000, 2), (3, 6, 10), 1000, (0.05, 0.02))}
     if models is not None:
         file = dataset or models.parent / "data" / "dataset.safetensors"
-        cases[str(models)] = (*of_bundle(models, file), errors)
+        cases = {str(models): (*of_bundle(models, file), tuple(errors))}
     print("\nrules of others: each promises an error among early answers, or a mean cost")
     print("| logits | promise | rule | broken | refused | error | share early | cost |")
     print("| --- " * 8 + "|")
