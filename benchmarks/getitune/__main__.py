@@ -79,7 +79,9 @@ def train(python: Path, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     before, file = folder / "job.json", folder / "result.json"
     if not (file.exists() and read_json(before) == job):
         file.unlink(missing_ok=True)
-        write_json(before, job)
+        if not (before.exists() and read_json(before) == job):
+            (folder / "trained.json").unlink(missing_ok=True)
+            write_json(before, job)
         program = Path(__file__).with_name("theirs.py")
         subprocess.run([python, program, before], cwd=folder, check=True)
     return dict(read_json(file))
