@@ -76,15 +76,14 @@ def pictures(project: Path) -> tuple[dict[str, list[tuple[str, int]]], tuple[str
 
 def train(python: Path, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """The result of a job in getitune's environment, or of the same job before."""
-    before, file = folder / "job.json", folder / "result.json"
-    if not (file.exists() and read_json(before) == job):
-        file.unlink(missing_ok=True)
-        if not (before.exists() and read_json(before) == job):
-            (folder / "trained.json").unlink(missing_ok=True)
-            write_json(before, job)
-        program = Path(__file__).with_name("theirs.py")
+    before, program = folder / "job.json", Path(__file__).with_name("theirs.py")
+    if not (before.exists() and read_json(before) == job):
+        for name in ("trained.json", "result.json"):
+            (folder / name).unlink(missing_ok=True)
+        write_json(before, job)
+    if not (folder / "result.json").exists():
         subprocess.run([python, program, before], cwd=folder, check=True)
-    return dict(read_json(file))
+    return dict(read_json(folder / "result.json"))
 
 
 def openvino_call(model: str, side: int | None = None) -> Callable[[], Any]:
@@ -151,7 +150,7 @@ def main() -> None:
             "epochs": options.epochs,
             "precision": options.precision,
         }
-        result = train(options.python, folder, json.loads(json.dumps(job)))
+        result = train(options.python.absolute(), folder, json.loads(json.dumps(job)))
         for precision, model in result["models"].items():
             name = f"getitune {recipe} {precision}"
             rows[name] = quality(result["answers"][precision], test.labels, classes) | {
