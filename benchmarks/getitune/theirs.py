@@ -93,7 +93,9 @@ def main(file: Path) -> None:
         trained.write_text(json.dumps({"epochs": epochs, "seconds": seconds, "checkpoint": best}))
     training = json.loads(trained.read_text())
     models = {"fp32": Path(engine.export(checkpoint=training.pop("checkpoint")))}
-    deployed = create_engine(model=str(models["fp32"]), data=data, work_dir=folder / "quantised")
+    work, pictures = folder / "quantised", engine.datamodule
+    work.mkdir(exist_ok=True)
+    deployed = create_engine(model=str(models["fp32"]), data=pictures, work_dir=work)
     models["int8"] = Path(deployed.optimize(max_data_subset_size=MOST))
     result = {
         **training,
