@@ -1,14 +1,15 @@
 """How good the thresholds are, how long they take, and how often promises hold.
 
-    python -m benchmarks.policy [--models FOLDER]
+    python -m benchmarks.policy [--peers] [--models FOLDER [--dataset FILE] [--errors 0.2 0.1]]
 
 Logits are drawn with a known law (deeper exits are surer, hard images are hard for all), so that
 truth can be counted on 200,000 samples. Compares the solver with every combination of thresholds
-in steps of 0.01, times whole fits, and simulates 1,000 calibration draws. Then the rules of others:
-how often what each promises is broken, on drawn logits, with `--models models` on those of the fp32
-network of a project that has trained (its `data/` beside `models/`), and with `--logits FILE`
-on those of an .npz file: `logits` `[E, N, K]`, `labels` `[N]`, `macs` `[E]`, of which the first
-1,000 are validation. The last line is JSON.
+in steps of 0.01, times whole fits, and simulates 1,000 calibration draws. Then the rules of others
+(`--peers`: only those): how often what each promises is broken. With `--models` not on drawn
+logits, but on what the exits of a bundle answer: a folder with edgeke.int8.onnx or edgeke.onnx,
+such as the `models/` of a project. Rules are fitted on validation; calibration and test together
+are the truth from which as many images as calibration has are drawn. `--errors` are the promised
+errors. The last line is JSON.
 """
 
 import argparse
@@ -22,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from edgeke.data.dataset import channels_last, load_dataset
 from edgeke.device.choice import Request, UnmetError, choose
-from edgeke.device.manifest import read_manifest
-from edgeke.graph.runner import segment_logits
+from edgeke.device.classifier import Classifier
 from edgeke.params import Calibrate, Requirement
 from edgeke.policy.certify import certify
 from edgeke.policy.fit import fit_policy
@@ -252,34 +253,36 @@ def peers(
     return totals
 
 
-def of_project(models: Path) -> tuple[ExitLogits, ExitLogits, tuple[int, ...]]:
-    """What a project's fp32 network answers to validation, and to calibration and test; MACs."""
-    folder = models / "segments" / "fp32"
-    manifest = read_manifest(folder)
-    segments = [folder / name for name in manifest.segments]
-    splits = ("validation", "calibration", "test")
-    dataset = load_dataset(models.parent / "data" / "dataset.safetensors", splits)
-    answers = [segment_logits(segments, channels_last(dataset[name].images), 0) for name in splits]
-    labels = [dataset[name].labels for name in splits]
-    pool = ExitLogits(np.concatenate(answers[1:], axis=1), np.concatenate(labels[1:]))
-    return ExitLogits(answers[0], labels[0]), pool, manifest.macs
+def of_bundle(models: Path, dataset: Path) -> tuple[ExitLogits, ExitLogits, tuple[int, ...], int]:
+    """What a bundle's exits answer to validation, and to calibration and test; MACs; calibration.
+
+    Each exit of the one file is forced; the logits are logarithms of its probabilities.
+    """
+    data = load_dataset(dataset, ("validation", "calibration", "test"))
+    answers = []
+    with Classifier(models) as classifier:
+        if classifier.classes != data.classes:
+            raise SystemExit(f"{models} and {dataset} have other classes")
+        macs = classifier.policy.macs
+        forced = [classifier.forced(exit) for exit in range(len(macs))]
+        for split in tqdm(data.splits.values(), desc=str(models)):
+            images = channels_last(split.images)
+            found = np.array([[run(image).probabilities for image in images] for run in forced])
+            answers.append(ExitLogits(np.log(np.maximum(found, 1e-30)), split.labels))
+    validation, *rest = answers
+    logits = np.concatenate([each.logits for each in rest], axis=1)
+    pool = ExitLogits(logits, np.concatenate([each.labels for each in rest]))
+    return validation, pool, macs, len(rest[0].labels)
 
 
-def of_file(file: Path) -> tuple[ExitLogits, ExitLogits, tuple[int, ...]]:
-    """The same of an .npz file: its first 1,000 images, and the others."""
-    with np.load(file) as content:
-        every, macs = ExitLogits(content["logits"], content["labels"]), content["macs"].tolist()
-    places = np.arange(len(every.labels))
-    return every.at(places[:1000]), every.at(places[1000:]), tuple(macs)
-
-
-def print_peers(models: Path | None, file: Path | None) -> dict[str, object]:
-    """The table of docs/comparison.md: calibration has 360 or 1,000 images drawn from the pool."""
+def print_peers(
+    models: Path | None, dataset: Path | None, errors: Sequence[float]
+) -> dict[str, object]:
+    """The table of docs/comparison.md."""
     cases = {"drawn": (draw(1000, 1), draw(20_000, 2), (3, 6, 10), 1000, (0.05, 0.02))}
     if models is not None:
-        cases[str(models)] = (*of_project(models), 360, (0.02, 0.01))
-    if file is not None:
-        cases[file.stem] = (*of_file(file), 1000, (0.2, 0.1))
+        file = dataset or models.parent / "data" / "dataset.safetensors"
+        cases = {str(models): (*of_bundle(models, file), tuple(errors))}
     print("\nrules of others: each promises an error among early answers, or a mean cost")
     print("| logits | promise | rule | broken | refused | error | share early | cost |")
     print("| --- " * 8 + "|")
@@ -305,12 +308,15 @@ def print_peers(models: Path | None, file: Path | None) -> dict[str, object]:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", type=Path, help="models/ of a project that has trained")
-    parser.add_argument("--logits", type=Path, help="an .npz file of logits, labels and macs")
+    parser.add_argument("--models", type=Path, help="a bundle, or models/ of a built project")
+    parser.add_argument(
+        "--dataset", type=Path, help="its dataset.safetensors; default: data/ beside models/"
+    )
+    parser.add_argument("--errors", type=float, nargs=2, default=(0.02, 0.01))
     parser.add_argument("--peers", action="store_true", help="only the rules of others")
     options = parser.parse_args(arguments)
     if options.peers:
-        print(json.dumps(print_peers(options.models, options.logits)))
+        print(json.dumps(print_peers(options.models, options.dataset, options.errors)))
         return
     points = gaps(10)
     print("against every combination in steps of 0.01 (3 exits, 1,000 samples, 10 draws):")
@@ -328,7 +334,7 @@ def main(arguments: Sequence[str]) -> None:
         row = rows[samples] = simulate(samples, epsilon)
         broken = " | ".join(f"{100 * row[column]:.1f} %" for column in columns)
         print(f"| {samples} | {epsilon} | {broken} | {row['power']:.3f} |")
-    others = print_peers(options.models, options.logits)
+    others = print_peers(options.models, options.dataset, options.errors)
     print(
         json.dumps(
             {
