@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeke.bundle import copy_device_package
+from edgeke.data.answers import useless
 from edgeke.data.dataset import Split, channels_last
 from edgeke.device.bundle import PRECISIONS, read_metadata
 from edgeke.device.measure import Job, Measurements, Setting, Trace
@@ -21,7 +22,7 @@ from edgeke.device.session import open_session
 from edgeke.graph.parity import check_exits
 from edgeke.params import Evaluate
 from edgeke.policy.cascade import run_cascade
-from edgeke.policy.classes import class_metrics, class_rows, useless
+from edgeke.policy.classes import class_metrics, class_rows
 from edgeke.policy.intervals import share_interval
 from edgeke.remote import run_folder
 

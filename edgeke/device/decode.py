@@ -202,6 +202,12 @@ def _naming(path: Path, kind: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
+    except PermissionError:
+        raise InputError(
+            f"{path} may not be read by this user (permission denied); change its owner or mode"
+        ) from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; give the {kind}'s file") from None
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise InputError(f"{path} cannot be read as an {kind} ({reason}); replace it") from error

@@ -121,8 +121,8 @@ def _to_shape(actual: Sequence[int], shape: _Shape) -> str:
         )
     if actual[:2] != (height, width):
         return (
-            "resize it, for instance with Pillow: "
-            f"PIL.ImageOps.fit(picture, ({width}, {height}), PIL.Image.Resampling.BICUBIC)"
+            "give files to edgeke.device.decode.read_image with the classifier's image_shape, bits "
+            "and fit, which reads them as training did, or resize as `info` says (pictures)"
         )
     if channels == 3 and actual[2:] in ((), (1,)):
         return "repeat the grey channel: numpy.repeat(image.reshape(*image.shape[:2], 1), 3, -1)"

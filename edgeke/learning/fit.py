@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from edgeke.data.answers import useless
 from edgeke.data.augment import Augment
-from edgeke.errors import InputError
+from edgeke.errors import InputError, escaped
 from edgeke.learning import parallel
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import Objective
-from edgeke.learning.predict import evaluate
+from edgeke.learning.predict import evaluate, predict
 from edgeke.learning.resume import (
     Progress,
     ResumeFile,
@@ -108,8 +109,8 @@ def fit(
                 resume.save(training.progress(), training.state())
     training.keep()
     if parallel.first_process():
-        for line in training.remarks():
-            print(f"{line.format(description)}", file=sys.stderr)
+        for line in training.remarks(description):
+            print(line, file=sys.stderr)
     return training.history
 
 
@@ -150,7 +151,7 @@ class _Training:
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.order = torch.zeros(0, dtype=torch.int64)  # of the images in this epoch
         self.sums = torch.zeros(0)  # of the loss and of every exit's accuracy in this epoch
-        self.augment = Augment(plan.augmentation, images.classes, images.normalise.mean)
+        self.augment = Augment(plan.augmentation, len(images.classes), images.normalise.mean)
         together = parallel.wrap(network)
         self.forward: Any = torch.compile(together) if plan.training.compile else together
 
@@ -194,7 +195,7 @@ class _Training:
         if self.plan.optimisation.sampling == "uniform":
             return torch.randperm(count, generator=generator)
         labels = self.images.train_labels.cpu()
-        rarity = 1 / torch.bincount(labels, minlength=self.images.classes).double()
+        rarity = 1 / torch.bincount(labels, minlength=len(self.images.classes)).double()
         return torch.multinomial(rarity[labels], count, replacement=True, generator=generator)
 
     def end_epoch(self) -> dict[str, float]:
@@ -233,28 +234,27 @@ class _Training:
         elif self.average is not None:
             self.network.load_state_dict(self.average.module.state_dict())
 
-    def remarks(self) -> list[str]:
-        """What a user should know of the training that `{}` stands for."""
+    def remarks(self, description: str) -> list[str]:
+        """What a user should know of the training, which `description` names."""
         lines, kept, recipe = [], self._kept(), self.plan.recipe
         if self.epoch < recipe.epochs:
             lines.append(
-                f"note: {{}} ended early, after epoch {self.epoch} of {recipe.epochs}: validation "
-                f"loss had not fallen for {self.plan.optimisation.patience} epochs; epoch {kept} "
-                "is kept"
+                f"note: {description} ended early, after epoch {self.epoch} of {recipe.epochs}: "
+                f"validation loss had not fallen for {self.plan.optimisation.patience} epochs; "
+                f"epoch {kept} is kept"
             )
         elif kept < self.epoch:
-            lines.append(f"note: of {{}} epoch {kept} of {self.epoch} is kept, with the least loss")
-        labels = self.images.validation_labels
-        commonest = float(torch.bincount(labels).max()) / len(labels)
-        # What chance may add to it; with one class in most images the measure is too coarse.
-        spread = math.sqrt(commonest * (1 - commonest) / len(labels)) if commonest <= 0.5 else 0.0
-        for name in self.names or ("",):
-            accuracy = self.history[kept - 1][f"validation/{name}/accuracy".replace("//", "/")]
-            if accuracy <= commonest + 2 * spread:
+            lines.append(
+                f"note: of {description} epoch {kept} of {self.epoch} is kept, with the least loss"
+            )
+        images = self.images
+        labels = images.validation_labels.cpu().numpy()
+        answers = predict(self.network, images.validation, images.normalise).argmax(-1).cpu()
+        for name, at_exit in zip(self.names or (description,), answers.numpy(), strict=True):
+            if reason := useless(at_exit, labels, images.classes):
                 lines.append(
-                    f"warning: {name or '{}'} has {accuracy:.1%} of validation right, no better "
-                    f"than answering always the commonest class ({commonest:.1%}); look at its "
-                    "curve in results/, and at learning_rate, epochs and optimisation"
+                    f"warning: on validation {name} {escaped(reason)}; look at its curve in "
+                    "results/, and at learning_rate, epochs and optimisation"
                 )
         return lines
 

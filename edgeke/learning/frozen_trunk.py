@@ -59,13 +59,13 @@ class Features:
         if teacher:
             last = {len(parts) - 1: teacher.exits[-1]}
             self._guide = Frozen(self.view(last) if self._from_features else teacher)
-            answers = slice(self._width, self._width + images.classes)
-            self._width += images.classes
+            answers = slice(self._width, self._width + len(images.classes))
+            self._width += len(images.classes)
             self.teacher = Answers(answers, teacher.class_vectors())
 
         settings = plan.augmentation
         copies = settings.copies if _is_random(settings) else 1
-        augment = Augment(settings, images.classes, images.normalise.mean)
+        augment = Augment(settings, len(images.classes), images.normalise.mean)
         generator = torch.Generator().manual_seed(plan.seed)
 
         def augmented() -> Iterator[Tensor]:

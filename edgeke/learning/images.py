@@ -25,7 +25,7 @@ class Images:
     train_labels: Tensor
     validation: Tensor
     validation_labels: Tensor
-    classes: int
+    classes: tuple[str, ...]
     normalise: Normalise
 
     @property
@@ -46,7 +46,7 @@ class Images:
             torch.from_numpy(train.labels).to(device),
             resident(images[1], device),
             torch.from_numpy(validation.labels).to(device),
-            len(dataset.classes),
+            dataset.classes,
             Normalise(dataset.mean, dataset.std, device),
         )
 

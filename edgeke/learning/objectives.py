@@ -68,8 +68,8 @@ def class_weights(images: Images, optimisation: Optimisation) -> Tensor | None:
     """
     if optimisation.class_weights == "none":
         return None
-    counts = torch.bincount(images.train_labels, minlength=images.classes)
-    balanced = len(images.train_labels) / (images.classes * counts.clamp(min=1))
+    counts = torch.bincount(images.train_labels, minlength=len(images.classes))
+    balanced = len(images.train_labels) / (len(images.classes) * counts.clamp(min=1))
     return torch.where(counts > 0, balanced, torch.ones_like(balanced))
 
 

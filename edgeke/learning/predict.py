@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeke.data.answers import never_answered
 from edgeke.data.augment import Normalise
 from edgeke.learning.images import Images, at_once
 
@@ -24,15 +25,19 @@ def predict(network: nn.Module, images: Tensor, normalise: Normalise) -> Tensor:
 def evaluate(
     network: nn.Module, images: Images, names: tuple[str, ...] | None = None
 ) -> dict[str, float]:
-    """Cross-entropy (in nats) and accuracy of every exit on the validation split.
+    """What every exit is worth on the validation split.
 
-    Keys are `validation/<name>/loss` and `validation/<name>/accuracy` with the exits' names;
-    without names, for one exit, `validation/loss` and `validation/accuracy`.
+    `loss`, cross-entropy in nats, `accuracy`, and `never_answered`, how many classes of its images
+    no answer names. Keys are `validation/<name>/loss` with the exits' names; without names, for one
+    exit, `validation/loss`.
     """
     logits, labels = predict(network, images.validation, images.normalise), images.validation_labels
     prefixes = [f"validation/{name}/" for name in names] if names else ["validation/"]
     metrics = {}
     for prefix, at_exit in zip(prefixes, logits, strict=True):
         metrics[f"{prefix}loss"] = float(F.cross_entropy(at_exit, labels))
-        metrics[f"{prefix}accuracy"] = float((at_exit.argmax(-1) == labels).double().mean())
+        answers = at_exit.argmax(-1)
+        metrics[f"{prefix}accuracy"] = float((answers == labels).double().mean())
+        never = never_answered(answers.cpu().numpy(), labels.cpu().numpy())
+        metrics[f"{prefix}never_answered"] = float(len(never))
     return metrics

@@ -1,4 +1,4 @@
-"""What answers are worth class by class: recall, precision, F1, classes that are never named."""
+"""What answers are worth class by class: recall, precision, F1."""
 
 from collections.abc import Sequence
 
@@ -37,27 +37,3 @@ def class_metrics(rows: Sequence[Row]) -> dict[str, float]:
     f1 = [row["f1"] for row in rows if isinstance(row["f1"], float)]
     recall = [row["recall"] for row in rows if isinstance(row["recall"], float)]
     return {"macro_f1": float(np.mean(f1)), "least_recall": min(recall)}
-
-
-def useless(
-    answers: NDArray[np.int64], labels: NDArray[np.int64], classes: Sequence[str]
-) -> str | None:
-    """Why such answers are of little use, in words; None where nothing is to be said.
-
-    A class that has images is never answered, or fewer answers are right than if every answer were
-    the commonest class.
-    """
-    counts = np.bincount(labels, minlength=len(classes))
-    never = [classes[k] for k in np.unique(labels) if not (answers == k).any()]
-    right, commonest = float((answers == labels).mean()), int(counts.argmax())
-    always = float(counts[commonest] / len(labels))
-    reasons = []
-    if never:
-        some = ", ".join(never[:5]) + (f" and {len(never) - 5} more" if len(never) > 5 else "")
-        reasons.append(f"never answers {some}")
-    if right < always:
-        reasons.append(
-            f"is right in {right:.3f} of the images, where answering {classes[commonest]} always "
-            f"would be in {always:.3f}"
-        )
-    return " and ".join(reasons) or None

@@ -1,6 +1,7 @@
 import itertools
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +69,11 @@ def test_blue_first_is_turned_for_arrays_alone():
         (blank(8, 6, kind=np.uint16), GREY, r"uint16, not uint8; convert: \(image >> 8\)"),
         ("picture.png", GREY, "not uint8; give pixels from 0 to 255"),
         ([[1.0, 2.0], [3.0]], GREY, "cannot be read as an array"),
-        (blank(9, 8), GREY, r"shape \[9, 8\], the model takes \[8, 6, 1\].*fit\(picture, \(6"),
+        (
+            blank(9, 8),
+            GREY,
+            r"shape \[9, 8\], the model takes \[8, 6, 1\].*bits and fit, which reads",
+        ),
         (blank(6, 8, 3), COLOUR, "its sides are swapped: height comes first"),
         (blank(8, 6), COLOUR, r"repeat the grey channel: numpy\.repeat\(image"),
         (blank(8, 6, 4), COLOUR, r"image\[\.\.\., :3\]; the first must be red, or .*order=\"bgr\""),
@@ -93,6 +98,21 @@ def test_what_does_not_fit_is_told_how_to(image, shape, words):
 def test_bad_batches_name_the_image(images, words):
     with pytest.raises(InputError, match=words):
         check_images(images, COLOUR)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npy"])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(PermissionError, "may not be read by this user"), (IsADirectoryError, "is a folder")],
+)
+def test_the_cause_is_named_where_the_file_is_not_damaged(monkeypatch, name, error, words):
+    def refuse(*_, **__):
+        raise error(13, "no")
+
+    monkeypatch.setattr("PIL.Image.open", refuse)
+    monkeypatch.setattr("edgeke.device.decode.open_memmap", refuse)
+    with pytest.raises(InputError, match=words):
+        read_image(Path(name), GREY)
 
 
 def test_training_and_device_read_the_same_pixels(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from toys import replace, with_recipe
 
+from edgeke.data.dataset import Split
 from edgeke.errors import InputError
 from edgeke.learning.fit import _Training, fit, kept_epoch
 from edgeke.learning.images import Images
@@ -142,7 +143,7 @@ def test_with_patience_the_best_of_all_epochs_is_kept(dataset, plan, capsys, ema
     assert evaluate(trained.network, images)["validation/loss"] == min(losses)
 
 
-TRAINS, WARNS = "", "warning: toy has "
+TRAINS, WARNS = "", "warning: on validation toy "
 EXTREMES = [
     *[
         ({"schedule": schedule, "warmup": warmup}, TRAINS)
@@ -189,6 +190,17 @@ def test_an_option_at_its_extreme_trains_or_the_reason_is_said(
     trained = train(dataset, plan)
     assert (WARNS in capsys.readouterr().err) == (words == WARNS)
     assert (trained.metrics["validation/accuracy"] > 0.55) == (words == TRAINS)
+
+
+def test_a_class_that_is_never_answered_is_named(dataset, plan, capsys):
+    own, plan = dataset["train"], with_recipe(plan, epochs=5)
+    two = Split(own.images[own.labels != 2], own.labels[own.labels != 2])
+    splits = {"train": two, "validation": dataset["validation"]}
+    skewed = replace(dataset, splits=splits, classes=("down", "le{f}t", "\x1b[31mup"))
+    assert train(skewed, plan).metrics["validation/never_answered"] == 1
+    assert r"on validation toy never answers \x1b[31mup; look at" in capsys.readouterr().err
+    assert train(dataset, plan).metrics["validation/never_answered"] == 0
+    assert "never answers" not in capsys.readouterr().err
 
 
 def test_a_batch_larger_than_the_split_is_refused(dataset, plan):
