@@ -5,6 +5,7 @@ answered: what a replica had accepted when it died goes to another one. docs/ser
 """
 
 import argparse
+import asyncio
 import logging
 import os
 import re
@@ -53,9 +54,13 @@ class Replica:
     async def ask(self, scope: dict[str, Any], body: bytes) -> Answer:
         """What the application answers to one request."""
         messages: list[Any] = []
+        request = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": body, "more_body": False}
+            if request:
+                return request.pop()
+            await asyncio.Event().wait()  # files are sent while somebody waits for a disconnect
+            raise AssertionError("nobody sets the event")
 
         async def send(message: Any) -> None:
             messages.append(message)
