@@ -35,7 +35,7 @@ except ImportError as error:
 # More than our own admission ever lets wait, so that Ray's queue never decides.
 _ONGOING = 10_000
 # Autoscaling adds replicas where more than so many requests are in work at each.
-_TARGET = 16
+_TARGET = 4
 _TRIES = 5
 # What the application reads of an ASGI scope; the rest cannot be sent to another process.
 _SCOPE = ("type", "http_version", "method", "path", "query_string", "headers", "scheme")
