@@ -5,6 +5,7 @@ answered: what a replica had accepted when it died goes to another one. docs/ser
 """
 
 import argparse
+import asyncio
 import logging
 import os
 import re
@@ -34,7 +35,7 @@ except ImportError as error:
 # More than our own admission ever lets wait, so that Ray's queue never decides.
 _ONGOING = 10_000
 # Autoscaling adds replicas where more than so many requests are in work at each.
-_TARGET = 16
+_TARGET = 4
 _TRIES = 5
 # What the application reads of an ASGI scope; the rest cannot be sent to another process.
 _SCOPE = ("type", "http_version", "method", "path", "query_string", "headers", "scheme")
@@ -53,9 +54,13 @@ class Replica:
     async def ask(self, scope: dict[str, Any], body: bytes) -> Answer:
         """What the application answers to one request."""
         messages: list[Any] = []
+        request = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": body, "more_body": False}
+            if request:
+                return request.pop()
+            await asyncio.Event().wait()  # files are sent while somebody waits for a disconnect
+            raise AssertionError("nobody sets the event")
 
         async def send(message: Any) -> None:
             messages.append(message)

@@ -1,5 +1,6 @@
 """The server on Ray Serve, on this machine."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -108,3 +109,28 @@ def test_a_number_of_replicas_without_sense_is_refused(bundle, capsys, number):
 
     assert main([str(bundle), "--replicas", number]) == 1
     assert f"--replicas {number} must be like 2, or 1-4" in capsys.readouterr().err
+
+
+def test_a_replica_answers_with_files_and_knows_how_long_a_request_has_waited(bundle, images):
+    from edgeke.serving.application import CAME, Settings
+    from edgeke.serving.on_ray import Replica
+
+    tensor = {"name": "image", "datatype": "UINT8", "shape": images[:1].shape}
+    asked = {"inputs": [tensor | {"data": images[:1].tolist()}], "parameters": {"deadline_ms": 900}}
+    scope = {"type": "http", "http_version": "1.1", "query_string": b"", "scheme": "http"}
+    infer = {**scope, "method": "POST", "path": "/v2/models/edgeke/infer", "headers": []}
+
+    async def ask() -> list[int]:
+        replica = Replica.__new__(Replica)
+        await replica.__init__(Settings(bundle))
+        page = {**scope, "method": "GET", "path": "/", "headers": []}
+        status, headers, body = await asyncio.wait_for(replica.ask(page, b""), 20)
+        assert b"content-security-policy" in dict(headers)
+        assert body.startswith(b"<!doctype html>")
+        waits = [
+            await replica.ask(infer | {CAME: time.time() - s}, json.dumps(asked).encode())
+            for s in (0, 5)
+        ]
+        return [status, *(each[0] for each in waits)]
+
+    assert asyncio.run(ask()) == [200, 200, 503]
