@@ -139,7 +139,7 @@ def read_network(folder: Path) -> Network:
 
 
 def join(models: Sequence[onnx.ModelProto], manifest: Manifest) -> Network:
-    """One network of its segments. Errors: InputError when it cannot be shared, naming the layer."""
+    """One network of its segments. Errors: InputError, with the layer, when it cannot be shared."""
     nodes: list[tuple[int, onnx.NodeProto]] = []
     constants: dict[str, onnx.TensorProto] = {}
     before = "image"
@@ -153,7 +153,7 @@ def join(models: Sequence[onnx.ModelProto], manifest: Manifest) -> Network:
             node.input[:] = [names.get(name, name) for name in node.input]
             if node.op_type == "Constant":
                 constants[node.output[0]] = _constant(node)
-            elif node.op_type == "Identity" and node.input[0] in constants or node.op_type == "Identity":
+            elif node.op_type == "Identity":
                 names[node.output[0]] = node.input[0]
             else:
                 nodes.append((number, node))

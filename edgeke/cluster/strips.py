@@ -19,7 +19,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgeke.cluster.network import Network, Step, attribute, finished, sources
-from edgeke.cluster.worker import ORIGIN, Assembly, Merge, Message, Phase, Program
+from edgeke.cluster.worker import ORIGIN, Assembly, Merge, Message, Phase, Program, Programs
 
 _END = np.iinfo(np.int64).max
 Rows = tuple[int, int]  # from, to
@@ -38,21 +38,6 @@ class Layout:
     gathered: str
     heights: tuple[int, ...]
     leader: int = 0
-
-
-@dataclass
-class Programs:
-    """What all devices run. `ends` `[E]`: how many phases there are before each exit."""
-
-    programs: list[Program]
-    graphs: dict[str, bytes]
-    ends: list[int]
-    image_rows: list[Rows]
-
-    def keys(self, device: int) -> set[str]:
-        """Keys of the graphs that a device runs."""
-        program = self.programs[device]
-        return {phase.graph for phase in (*program.phases, *program.finals) if phase.graph}
 
 
 @dataclass
@@ -190,10 +175,10 @@ def _find_finals(state: _Build) -> list[_Final]:
 def _find_live(state: _Build, finals: Sequence[_Final]) -> None:
     needed = {name for final in finals for name in (*final.gathers, *final.merges)}
     for step in reversed(state.network.steps):
-        if step.kind != "constant" and not needed.isdisjoint(step.node.output):
-            if state.lead.isdisjoint(step.node.output):
-                state.live.update(step.node.output)
-                needed.update(sources(step))
+        mine = step.kind != "constant" and state.lead.isdisjoint(step.node.output)
+        if mine and not needed.isdisjoint(step.node.output):
+            state.live.update(step.node.output)
+            needed.update(sources(step))
 
 
 def _find_phases(state: _Build) -> None:

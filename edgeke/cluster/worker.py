@@ -83,6 +83,30 @@ class Program:
 
 
 @dataclass
+class Programs:
+    """What all devices run.
+
+    `ends` `[E]`: how many phases there are before each exit. `image_rows` `[D]`: the rows of the
+    image that each device gets.
+    """
+
+    programs: list[Program]
+    graphs: dict[str, bytes]
+    ends: list[int]
+    image_rows: list[tuple[int, int]]
+
+    def keys(self, device: int) -> set[str]:
+        """Keys of the graphs that a device runs."""
+        program = self.programs[device]
+        return {phase.graph for phase in (*program.phases, *program.finals) if phase.graph}
+
+    @property
+    def leader(self) -> int:
+        """The device that computes logits."""
+        return next(d for d, program in enumerate(self.programs) if program.finals)
+
+
+@dataclass
 class Worker:
     """Runs a device's programs, any number of images in turn. Not safe to share between threads."""
 
@@ -197,3 +221,37 @@ def _merged(values: Content, merge: Merge) -> Array:
             merged += np.tensordot(weights, apart**2, 1)
     assert merged.size == math.prod(merge.shape)
     return merged.astype(np.float32).reshape(merge.shape)
+
+
+def run_together(
+    workers: Sequence[Worker], plan: int, programs: Programs, image: Array
+) -> tuple[Array, NDArray[np.float64], list[float]]:
+    """All devices' programs in this process, in turn, on one image `[1, H, W, C]`.
+
+    Returns the logits `[E, K]`, and the seconds of each phase `[phases, D]` and of each final.
+    """
+    sent: dict[tuple[int, int, int], Content] = {}
+    count, leader = len(workers), programs.leader
+    phases, finals, logits = np.zeros((programs.ends[-1], count)), [], []
+    start = 0
+    for exit, end in enumerate(programs.ends):
+        for number in range(start, end):
+            for device, program in enumerate(programs.programs):
+                phase, rows = program.phases[number], programs.image_rows[device]
+                contents = [
+                    {"image": image[:, slice(*rows)]} if s == ORIGIN else sent[q, s, device]
+                    for q, s in phase.receives
+                ]
+                messages, phases[number, device] = workers[device].phase(plan, 0, number, contents)
+                targets = [m.target for m in phase.messages if m.target != device]
+                for target, content in zip(targets, messages, strict=True):
+                    sent[number, device, target] = content
+        start = end
+        receives = programs.programs[leader].finals[exit].receives
+        contents = [{"image": image} if s == ORIGIN else sent[q, s, count] for q, s in receives]
+        values, seconds = workers[leader].final(plan, 0, exit, contents)
+        logits.append(values)
+        finals.append(seconds)
+    for worker in workers:
+        worker.forget(0)
+    return np.stack(logits), phases, finals
