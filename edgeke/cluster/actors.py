@@ -29,6 +29,9 @@ _STORE_BYTES = 200 * 2**20
 def load_ray() -> ModuleType:
     """The package ray. Errors: InputError when it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Its agent takes over its 30 s to start where a machine is slow or busy.
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "180000")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "60")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         return importlib.import_module("ray")
@@ -197,8 +200,8 @@ def start_actors(names: Sequence[str], threads: int) -> dict[str, Any]:
     late = [name for name, ref in described.items() if ref in waiting]
     if late:
         raise InputError(
-            f"{', '.join(late)} did not start within {_STARTS_WITHIN:.0f} s; another leader may use "
-            "it: end that one, or leave the device out"
+            f"{', '.join(late)} did not start within {_STARTS_WITHIN:.0f} s; another leader may use"
+            " it: end that one, or leave the device out"
         )
     for name, ref in described.items():
         try:

@@ -7,6 +7,7 @@ each of them dynamic programming finds the best boundaries.
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -248,6 +249,38 @@ def make_plan(network: Network, profile: Profile) -> Plan:
     return replace(best, alone=times)
 
 
+def single_plan(network: Network, profile: Profile, d: int) -> Plan:
+    """Device number `d` of the profile alone."""
+    return _single(_Geometry.of(network), profile, d)
+
+
+def expected_work(network: Network, profile: Profile, plan: Plan) -> Floats:
+    """Seconds that each device of a plan computes for one image, `[D]`: transfers left out."""
+    shape, last = _Geometry.of(network), len(network.exits) - 1
+    devices = [next(d for d in profile.devices if d.name == name) for name in plan.devices]
+    end = network.cuts.index(plan.layout.gathered)
+    work = np.zeros(len(devices))
+    ways, stride = np.array([plan.layout.heights]), network.stride[plan.layout.gathered]
+    ends = [network.cuts.index(cut) for cut in (*plan.layout.exchanged, plan.layout.gathered)]
+    start = 0
+    for stop in ends if end else ():
+        for g in range(start, stop):
+            rows = _computed_rows(shape, _own(network, ways, stride, network.cuts[g + 1]), stop, g)
+            for place, device in enumerate(devices):
+                work[place] += device.fixed[g] + device.per_row[g] * rows[0, place]
+        start = stop
+    work[plan.layout.leader] += _rest(shape, devices[plan.layout.leader], end, last)
+    return work
+
+
+def _computed_rows(shape: _Geometry, own: NDArray[Any], j: int, i: int) -> NDArray[Any]:
+    """Rows after group i that each device computes where the next exchange is at cut j."""
+    (up, down), count = shape.extra[j][i + 1], own.shape[1]
+    twice = np.array([up * (d > 0) + down * (d < count - 1) for d in range(count)])
+    rows: NDArray[Any] = np.minimum(own + twice, shape.network.height(shape.network.cuts[i + 1]))
+    return rows
+
+
 def _rest(shape: _Geometry, device: Device, start: int, exit: int) -> float:
     """Seconds of the work from a cut until an exit's logits, for one device."""
     network = shape.network
@@ -318,18 +351,12 @@ def _best(shape: _Geometry, profile: Profile, devices: Sequence[int]) -> Plan | 
 def _compositions(height: int, count: int) -> Iterator[tuple[int, ...]]:
     """All ways to share rows, one at least for each; in steps where there are too many."""
     step = 1
-    while _ways(-(-height // step), count) > _MOST_WAYS and height // (step + 1) >= count:
+    while math.comb(height // step, count - 1) > _MOST_WAYS and height // (step + 1) >= count:
         step += 1
     places = range(step, height, step)
     for ends in itertools.combinations(places, count - 1):
         bounds = (0, *ends, height)
         yield tuple(b - a for a, b in itertools.pairwise(bounds))
-
-
-def _ways(height: int, count: int) -> int:
-    import math
-
-    return math.comb(height - 1, count - 1)
 
 
 def _own(network: Network, ways: NDArray[Any], stride: int, cut: str) -> NDArray[Any]:
@@ -363,15 +390,8 @@ def _groups(
         work = np.zeros((len(ways), count))
         options = []
         for i in range(j - 1, -1, -1):
-            up, down = shape.extra[j][i + 1]
-            rows = own[i + 1] + np.array(
-                [up * (d > 0) + down * (d < count - 1) for d in range(count)]
-            )
-            work = (
-                work
-                + fixed[:, i]
-                + per_row[:, i] * np.minimum(rows, network.height(network.cuts[i + 1]))
-            )
+            rows = _computed_rows(shape, own[i + 1], j, i)
+            work = work + fixed[:, i] + per_row[:, i] * rows
             arrives = _arrivals(shape, profile, devices, own[i], i, j)
             syncs = sum(shape.syncs[i:j]) * waits
             options.append(best[i] + (work + arrives).max(axis=1) + syncs)
@@ -393,7 +413,6 @@ def _arrivals(
         if i == 0:
             link = links[-1][d]
             rows = own[:, place] + up + down
-            # One after the other: they leave by the same port.
             arrives[:, place] = link.latency + rows * size / link.rate
             continue
         arrives[:, place] = links[d][d].latency
@@ -401,7 +420,7 @@ def _arrivals(
             if 0 <= other < len(devices) and halo:
                 link = links[devices[other]][d]
                 arrives[:, place] = np.maximum(arrives[:, place], link.seconds(halo * size))
-    return np.cumsum(arrives, axis=1) if i == 0 and False else arrives
+    return arrives
 
 
 def _gathered(
