@@ -208,11 +208,11 @@ def _probe(
         if node.op_type == "Shape":
             name = node.output[0]
             constants[name] = numpy_helper.from_array(values[name], name)
-    every = {
-        name: (v.shape, helper.np_dtype_to_tensor_dtype(v.dtype)) for name, v in values.items()
-    }
-    every |= {name: (tuple(t.dims), t.data_type) for name, t in constants.items()}
-    return {n: v[0] for n, v in every.items()}, {n: int(v[1]) for n, v in every.items()}
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    types = {n: int(helper.np_dtype_to_tensor_dtype(v.dtype)) for n, v in values.items()}
+    shapes |= {name: tuple(tensor.dims) for name, tensor in constants.items()}
+    types |= {name: int(tensor.data_type) for name, tensor in constants.items()}
+    return shapes, types
 
 
 def finished(graph: onnx.GraphProto) -> bytes:

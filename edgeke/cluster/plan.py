@@ -461,7 +461,8 @@ def _gathered(
     if best is None:
         return None
     whole, leader, way = best
-    exchanged, place = [], end
+    exchanged: list[str] = []
+    place = end
     while place > 0:
         place = int(before[place][way])
         if place:
@@ -469,12 +470,12 @@ def _gathered(
     heights = tuple(int(each) for each in ways[way])
     layout = Layout(tuple(exchanged), cut, heights, leader)
     seconds = _exit_seconds(shape, profile, devices, times, way, end, leader, whole)
-    memory = tuple(
+    used = tuple(
         _memory(shape, end, h / sum(heights), rest=k == leader, shares=True)
         for k, h in enumerate(heights)
     )
     names = tuple(profile.devices[d].name for d in devices)
-    return Plan(names, layout, seconds, memory, {})
+    return Plan(names, layout, seconds, used, {})
 
 
 def _waiting(profile: Profile, d: int) -> float:
@@ -537,10 +538,7 @@ def read_cluster(path: Path) -> tuple[Profile, Plan | None]:
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']!r:.20} is not {SCHEMA}")
         rows = content["profile"]
-        devices = tuple(
-            Device(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-            for row in rows["devices"]
-        )
+        devices = tuple(Device(**_tuples(row)) for row in rows["devices"])
         links = tuple(tuple(Link(**link) for link in row) for row in rows["links"])
         profile = Profile(rows["model"], rows["precision"], devices, links)
         made = content["plan"]
@@ -553,9 +551,12 @@ def read_cluster(path: Path) -> tuple[Profile, Plan | None]:
             tuple(shared["heights"]),
             shared["leader"],
         )
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in made.items()}
-        return profile, Plan(layout=layout, **lists)
+        return profile, Plan(layout=layout, **_tuples(made))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path} is damaged, or of another version ({error}); profile the cluster again"
         ) from error
+
+
+def _tuples(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}

@@ -220,7 +220,8 @@ def _merged(values: Content, merge: Merge) -> Array:
             apart = means - np.tensordot(weights, means.astype(np.float64), 1)
             merged += np.tensordot(weights, apart**2, 1)
     assert merged.size == math.prod(merge.shape)
-    return merged.astype(np.float32).reshape(merge.shape)
+    answer: Array = merged.astype(np.float32).reshape(merge.shape)
+    return answer
 
 
 def run_together(

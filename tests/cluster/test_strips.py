@@ -86,9 +86,7 @@ def test_every_kind_of_exit():
         check(*make(name, size, KINDS), tries=4)
 
 
-@pytest.mark.parametrize(
-    ("name", "width"), [("resnet18", 8), ("timm/mobilenetv3_small_100", None)]
-)
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 8), ("timm/mobilenetv3_small_100", None)])
 def test_int8_strips_equal_the_whole_int8_network(name, width):
     network, whole = make(name, 64, int8=True, width=width)
     assert any("QuantizeLinear" in cut for cut in network.cuts), "eight bits travel"
@@ -119,7 +117,9 @@ def test_a_group_has_three_variants_and_heights_need_no_others(toy):
 def test_only_halos_travel_between_groups(toy):
     network, _ = toy
     cut = network.cuts[3]
-    programs = build(network, Layout(tuple(network.cuts[1:3]), cut, (network.height(cut) // 2,) * 2))
+    programs = build(
+        network, Layout(tuple(network.cuts[1:3]), cut, (network.height(cut) // 2,) * 2)
+    )
     sent = [
         high - low
         for phase in programs.programs[0].phases
