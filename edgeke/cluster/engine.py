@@ -108,6 +108,8 @@ class Engine:
 
     def close(self) -> None:
         """End the devices' processes."""
+        if self._closed:
+            return
         self._closed = True
         self._wake.set()
         self._watcher.join(30)
