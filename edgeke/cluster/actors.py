@@ -93,7 +93,7 @@ class DeviceActor:
 
     def __init__(self, threads: int) -> None:
         self.worker = Worker(threads)
-        self.stretch = 1.0
+        self.factor, self.rate, self.latency = 0.0, 0.0, 0.0
 
     def describe(self) -> dict[str, Any]:
         """Versions, bytes of free memory, process id, the host."""
@@ -122,18 +122,25 @@ class DeviceActor:
 
     def phase(self, plan: int, image: int, number: int, *contents: Content) -> Any:
         """See `Worker.phase`: its messages, and last the seconds, as results of their own."""
+        self._arrive(contents)
+        started = time.perf_counter()
         messages, seconds = self.worker.phase(plan, image, number, contents)
-        seconds = self._slowly(seconds)
+        seconds = self._finish(seconds, started)
         return (*messages, seconds) if messages else seconds
 
     def final(self, plan: int, image: int, exit: int, *contents: Content) -> Any:
         """See `Worker.final`."""
+        self._arrive(contents)
+        started = time.perf_counter()
         logits, seconds = self.worker.final(plan, image, exit, contents)
-        return logits, self._slowly(seconds)
+        return logits, self._finish(seconds, started)
 
-    def set_stretch(self, factor: float) -> None:
-        """Take so many times as long from now on: to try a slower device."""
-        self.stretch = factor
+    def emulate(self, factor: float, rate: float = 0.0, latency: float = 0.0) -> None:
+        """Be a slower device from now on, to try one: phases last `factor` times the processor's
+        time, messages arrive after `latency` seconds at `rate` bytes a second (0: at once).
+        """
+        self.factor, self.rate, self.latency = factor, rate, latency
+        self.worker.clock = time.thread_time if factor else time.perf_counter
 
     def measure(
         self, programs: Sequence[Programs], image: NDArray[Any], rounds: int
@@ -141,7 +148,7 @@ class DeviceActor:
         """For each plan, seconds of every phase and final, run by all devices' programs here."""
         runs: list[list[tuple[NDArray[np.float64], list[float]]]] = []
         for number, each in enumerate(programs):
-            workers = [Worker(self.worker.threads) for _ in each.programs]
+            workers = [Worker(self.worker.threads, self.worker.clock) for _ in each.programs]
             for device, program in enumerate(each.programs):
                 keys = each.keys(device)
                 workers[device].load(number, program, {key: each.graphs[key] for key in keys})
@@ -149,20 +156,29 @@ class DeviceActor:
             for turn in range(rounds + 1):
                 _, phases, finals = run_together(workers, number, each, image)
                 if turn:  # the first one warms up
-                    self._slowly(float(phases.sum()) + sum(finals))
-                    runs[-1].append(
-                        (phases * self.stretch, [each * self.stretch for each in finals])
-                    )
+                    factor = self.factor or 1.0
+                    runs[-1].append((phases * factor, [factor * one for one in finals]))
         return runs
 
     def pass_on(self, size: int, content: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         """Take an array, and return one of so many bytes."""
+        if content is not None:
+            self._arrive([{"content": content}])
         return np.zeros(size, np.uint8)
 
-    def _slowly(self, seconds: float) -> float:
-        if self.stretch > 1:
-            time.sleep((self.stretch - 1) * seconds)
-        return self.stretch * seconds
+    def _arrive(self, contents: Sequence[Content]) -> None:
+        """Wait as long as the messages would be on their way."""
+        if self.rate and contents:
+            size = sum(array.nbytes for content in contents for array in content.values())
+            time.sleep(self.latency + size / self.rate)
+
+    def _finish(self, seconds: float, started: float) -> float:
+        """Wait until the work would be done; returns how long it takes."""
+        if not self.factor:
+            return seconds
+        seconds *= self.factor
+        time.sleep(max(0.0, started + seconds - time.perf_counter()))
+        return seconds
 
 
 def free_memory() -> int:

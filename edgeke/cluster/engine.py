@@ -68,13 +68,21 @@ class Engine:
     """A network on the devices of a cluster. Threads may share it; in `with`, it ends them."""
 
     def __init__(
-        self, network: Network, profile: Profile, *, plan: Plan | None = None, threads: int = 1
+        self,
+        network: Network,
+        profile: Profile,
+        *,
+        plan: Plan | None = None,
+        threads: int = 1,
+        replans: bool = True,
     ) -> None:
         """Start a process on every device of the profile that is in the cluster, and plan.
 
-        Errors: InputError when none is there, or versions differ.
+        Without `replans` a device that is slower or faster than its profile changes nothing: a
+        plan can be measured. Errors: InputError when none is there, or versions differ.
         """
         self.network, self.profile, self.threads = network, profile, threads
+        self._replans = replans
         present = set(device_names())
         names = [device.name for device in profile.devices if device.name in present]
         missing = [device.name for device in profile.devices if device.name not in present]
@@ -121,6 +129,11 @@ class Engine:
     def plan(self) -> Plan:
         """The plan that new images follow."""
         return self._active.plan
+
+    @property
+    def actors(self) -> dict[str, Any]:
+        """The devices' processes, by name."""
+        return dict(self._actors)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -223,7 +236,7 @@ class Engine:
             took[device] += ray.get(seconds)
         image.seconds = []
         with self._lock:
-            if active is not self._active:
+            if active is not self._active or not self._replans:
                 return
             active.images.append(took)
             if len(active.images) < _IMAGES:

@@ -5,7 +5,7 @@ NumPy and ONNX Runtime only. Nothing here knows how messages travel.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,7 @@ class Worker:
     """Runs a device's programs, any number of images in turn. Not safe to share between threads."""
 
     threads: int = 1
+    clock: Callable[[], float] = time.perf_counter
     programs: dict[int, Program] = field(default_factory=dict)
     _graphs: dict[str, onnxruntime.InferenceSession] = field(default_factory=dict)
     _values: dict[tuple[int, bool], Content] = field(default_factory=dict)
@@ -148,7 +149,9 @@ class Worker:
         """Run a phase with the messages that it receives: those to send, and seconds."""
         program = self.programs[plan]
         values = self._values.setdefault((image, False), {})
-        return _run(self._graphs, values, program.phases[number], contents, program.device)
+        started = self.clock()
+        messages = _run(self._graphs, values, program.phases[number], contents, program.device)
+        return messages, self.clock() - started
 
     def final(
         self, plan: int, image: int, exit: int, contents: Sequence[Content]
@@ -156,9 +159,10 @@ class Worker:
         """An exit's logits `[K]`, and seconds."""
         phase = self.programs[plan].finals[exit]
         values = self._values.setdefault((image, True), {})
-        _, seconds = _run(self._graphs, values, phase, contents, None)
+        started = self.clock()
+        _run(self._graphs, values, phase, contents, None)
         logits: Array = values[phase.outputs[0]][0]
-        return logits, seconds
+        return logits, self.clock() - started
 
 
 def _run(
@@ -167,10 +171,9 @@ def _run(
     phase: Phase,
     contents: Sequence[Content],
     me: int | None,
-) -> tuple[list[Content], float]:
+) -> list[Content]:
     for (_, device), content in zip(phase.receives, contents, strict=True):
         values |= {f"{name}@{device}": array for name, array in content.items()}
-    started = time.perf_counter()
     for assembly in phase.assemblies:
         values[assembly.name] = _assemble(values, assembly)
     for merge in phase.merges:
@@ -179,7 +182,6 @@ def _run(
         feeds = {name: values[name] for name in phase.inputs}
         outputs = graphs[phase.graph].run(list(phase.outputs), feeds)
         values |= dict(zip(phase.outputs, outputs, strict=True))
-    seconds = time.perf_counter() - started
     messages = []
     for message in phase.messages:
         content = {
@@ -193,7 +195,7 @@ def _run(
             messages.append(content)
     for name in phase.drops:
         values.pop(name, None)
-    return messages, seconds
+    return messages
 
 
 def _assemble(values: Content, assembly: Assembly) -> Array:

@@ -65,11 +65,11 @@ def engine(ray, running) -> Engine:
 def stretch(ray, engine: Engine, factor: float, names=NAMES) -> None:
     for name in names:
         with contextlib.suppress(ray.exceptions.RayError, KeyError):
-            ray.get(engine._actors[name].set_stretch.remote(factor))
+            ray.get(engine.actors[name].emulate.remote(factor))
 
 
 def kill(ray, engine: Engine, name: str) -> None:
-    pid = ray.get(engine._actors[name].describe.remote())["pid"]
+    pid = ray.get(engine.actors[name].describe.remote())["pid"]
     os.kill(pid, signal.SIGKILL)
 
 
@@ -97,11 +97,11 @@ def test_a_worker_killed_in_the_middle_of_an_image(ray, engine, toy):
     (image,) = images(network, 1)
     engine.logits(image)
     victim = engine.plan.devices[-1]
-    pid = ray.get(engine._actors[victim].describe.remote())["pid"]
+    pid = ray.get(engine.actors[victim].describe.remote())["pid"]
     threading.Timer(0.3 * engine.plan.seconds[-1], os.kill, (pid, signal.SIGKILL)).start()
     for each in images(network, 4, 1):
         assert np.abs(engine.logits(each) - whole(each[None])).max() < 1e-4
-    wait_for(lambda: engine._actors.get(victim) is not None and victim in engine.devices)
+    wait_for(lambda: victim in engine.devices)
     wait_for(lambda: victim in engine.plan.devices or len(engine.devices) == len(NAMES))
     assert np.abs(engine.logits(image) - whole(image[None])).max() < 1e-4
 
