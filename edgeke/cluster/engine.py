@@ -31,6 +31,8 @@ _LOG = logging.getLogger("edgeke.cluster")
 # An answer that takes so many times what was expected, and so long, is a reason to look who lives.
 _LATE, _LATE_SECONDS = 10.0, 2.0
 _ALIVE_SECONDS = 5.0
+# How long an image waits for a device when none is left.
+_NOBODY_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
 # A device whose work takes so many times what it is known for, in the median of so many images.
 _SLOWER, _IMAGES = 1.7, 5
@@ -122,7 +124,7 @@ class Engine:
         self._wake.set()
         self._watcher.join(30)
         ray = load_ray()
-        for actor in self._actors.values():
+        for actor in [*self._actors.values(), *(actor for actor, _ in self._joining.values())]:
             ray.kill(actor)
 
     @property
@@ -166,9 +168,11 @@ class Engine:
             return image.logits[exit]
         ray = load_ray()
         lost = (ray.exceptions.RayError, TimeoutError)
-        attempts = len(self.profile.devices) + 2
-        for attempt in range(attempts):
+        last = 2 * len(self.profile.devices) + 2
+        for attempt in range(last + 1):
             try:
+                if attempt:
+                    self._after_loss(image)
                 while len(image.logits) <= exit:
                     image.logits.append(self._next_exit(image))
                 if len(image.logits) == len(self.network.exits):
@@ -176,9 +180,8 @@ class Engine:
                 return image.logits[exit]
             except lost as error:
                 _LOG.warning("image %d: %s", token, " ".join(str(error).split())[:200])
-                if attempt == attempts - 1:
+                if attempt == last:
                     raise
-                self._after_loss(image)
         raise AssertionError("unreachable")
 
     def forget(self, token: int) -> None:
@@ -275,12 +278,14 @@ class Engine:
         dead = self._dead(list(image.active.plan.devices))
         with self._lock:
             for name in dead:
-                if self._actors.pop(name, None) is not None:
-                    _LOG.warning("%s is gone", name)
-                self._standby.pop(name, None)
-            if not self._actors:
+                self._remove(name)
+        deadline = time.monotonic() + _NOBODY_SECONDS
+        while not self._actors:
+            if time.monotonic() > deadline:
                 raise InputError("no device of the cluster is left; join one again: ray start")
-            if not set(self._active.plan.devices) <= set(self._actors):
+            time.sleep(0.05)
+        with self._lock:
+            if not self._is_whole(self._active):
                 self._stale = True
                 self._active = self._fallback()
                 self._wake.set()
@@ -288,10 +293,25 @@ class Engine:
             image.number = next(self._images)
             image.sent, image.seconds, image.logits = {}, [], []
 
+    def _remove(self, name: str) -> None:
+        """A device is gone, or does not answer: its process ends, so that it can join again."""
+        actor = self._actors.pop(name, None)
+        self._standby.pop(name, None)
+        if actor is not None:
+            _LOG.warning("%s is gone", name)
+            self._stale = True
+            load_ray().kill(actor)
+
+    def _is_whole(self, active: _Active) -> bool:
+        """Whether all of a plan's processes are there: one that joined again is another."""
+        pairs = zip(active.plan.devices, active.actors, strict=True)
+        return all(self._actors.get(name) is actor for name, actor in pairs)
+
     def _fallback(self) -> _Active:
         """One device alone: one that is ready for it, or the fastest."""
-        if self._standby:
-            return min(self._standby.values(), key=lambda active: active.plan.seconds[-1])
+        ready = [active for active in self._standby.values() if self._is_whole(active)]
+        if ready:
+            return min(ready, key=lambda active: active.plan.seconds[-1])
         singles = self._singles()
         return self._load(min(singles, key=lambda plan: plan.seconds[-1]))
 
@@ -312,7 +332,9 @@ class Engine:
     def _load(self, plan: Plan) -> _Active:
         """Make devices ready for a plan; those that have its graphs already get none."""
         ray, programs = load_ray(), build(self.network, plan.layout)
-        actors = [self._actors[name] for name in plan.devices]
+        actors = [self._actors[name] for name in plan.devices if name in self._actors]
+        if len(actors) < len(plan.devices):
+            raise TimeoutError("a device left while it was planned")
         number = next(self._plans)
         known = ray.get([actor.graphs.remote() for actor in actors])
         done = []
@@ -334,7 +356,9 @@ class Engine:
             (name,) = single.devices
             fits = used.get(name, 0) + single.memory[0] <= room[name]
             if len(self._standby) < 2 and name not in self._standby and fits:
-                self._standby[name] = self._load(single)
+                active = self._load(single)
+                with self._lock:
+                    self._standby[name] = active
 
     def _watch(self) -> None:
         """Plan anew when something changed, and take in devices that join."""
@@ -346,15 +370,15 @@ class Engine:
                 return
             try:
                 self._welcome()
-                if self._stale:
+                if self._stale and self._actors:
                     self._plan_anew()
-            except (ray.exceptions.RayError, InputError) as error:
+            except (ray.exceptions.RayError, TimeoutError, InputError) as error:
                 _LOG.warning("planning: %s", " ".join(str(error).split())[:200])
+                self._stale = True
+                dead = self._dead(list(self._actors))
                 with self._lock:
-                    for name in self._dead(list(self._actors)):
-                        self._actors.pop(name, None)
-                        self._standby.pop(name, None)
-                        self._stale = True
+                    for name in dead:
+                        self._remove(name)
                 time.sleep(_LOOK_SECONDS)
 
     def _welcome(self) -> None:
@@ -386,7 +410,7 @@ class Engine:
         active = self._load(self._planned())
         with self._lock:
             old, standby = self._active, list(self._standby.values())
-            if not set(active.plan.devices) <= set(self._actors):
+            if not self._is_whole(active):
                 self._stale = True
                 return
             self._active = active
