@@ -99,7 +99,7 @@ def measure(
             started = time.perf_counter()
             logits = engine.logits(image)
             times.append(time.perf_counter() - started)
-            worst = max(worst, float(np.abs(logits - whole(image)).max()))
+            worst = float(np.maximum(worst, np.abs(logits - whole(image)).max()))  # NaN stays
     return statistics.median(times[1:]), worst
 
 
@@ -145,9 +145,13 @@ def compare(name: str, int8: bool, options: argparse.Namespace) -> list[dict[str
                 row["equal_strips"], _ = measure(
                     network, profile, equal(plan), whole, rate, images[:1]
                 )
-                row["computed_twice"] = float(
-                    expected_work(network, profile, plan).sum() / profile.devices[0].whole
-                )
+                whole_seconds = [
+                    next(d.whole for d in profile.devices if d.name == name)
+                    for name in plan.devices
+                ]
+                work = expected_work(network, profile, plan)
+                row["work_over_one_device"] = float((work / whole_seconds).sum())
+                row["expected_work"] = work.tolist()
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows

@@ -260,7 +260,8 @@ def expected_work(network: Network, profile: Profile, plan: Plan) -> Floats:
     devices = [next(d for d in profile.devices if d.name == name) for name in plan.devices]
     end = network.cuts.index(plan.layout.gathered)
     work = np.zeros(len(devices))
-    ways, stride = np.array([plan.layout.heights]), network.stride[plan.layout.gathered]
+    ways = np.array([plan.layout.heights])
+    stride = plan.layout.step or network.stride[plan.layout.gathered]
     ends = [network.cuts.index(cut) for cut in (*plan.layout.exchanged, plan.layout.gathered)]
     start = 0
     for stop in ends if end else ():
@@ -332,20 +333,33 @@ def _best(shape: _Geometry, profile: Profile, devices: Sequence[int]) -> Plan | 
     """The fastest plan for exactly these devices; None where they are more than there are rows."""
     network, best = shape.network, None
     deepest = shareable(network)
-    for stride, cuts in itertools.groupby(
-        range(1, deepest + 1), lambda g: network.stride[network.cuts[g]]
-    ):
-        ends = list(cuts)
-        height = network.height(network.cuts[ends[-1]])
-        if height < len(devices):
+    for end in range(1, deepest + 1):
+        coarse = network.stride[network.cuts[end]]
+        if end < deepest and network.stride[network.cuts[end + 1]] == coarse:
+            continue  # the last one of its size: those before it come with it
+        ends = [g for g in range(1, end + 1) if network.stride[network.cuts[g]] == coarse]
+        if network.height(network.cuts[end]) < len(devices):
             continue
-        ways = np.array(list(_compositions(height, len(devices))))
-        times, before = _groups(shape, profile, devices, ways, stride, ends[-1])
-        for end in ends:
-            candidate = _gathered(shape, profile, devices, ways, times, before, end)
-            if candidate is not None and (best is None or candidate.seconds[-1] < best.seconds[-1]):
-                best = candidate
+        step = _step(network, coarse, len(devices))
+        ways = np.array(list(_compositions(-(-network.height("image") // step), len(devices))))
+        ways = ways[(_own(network, ways, step, network.cuts[end]) > 0).all(axis=1)]
+        times, before = _groups(shape, profile, devices, ways, step, end)
+        for gathered in ends:
+            plan = _gathered(shape, profile, devices, ways, times, before, gathered, step)
+            if plan is not None and (best is None or plan.seconds[-1] < best.seconds[-1]):
+                best = plan
     return best
+
+
+def _step(network: Network, coarse: int, count: int) -> int:
+    """Image rows of one unit of height: a row of the gathered map, or finer where that is coarse.
+
+    Strips need not end where the coarsest map's rows do; there they end at the next row.
+    """
+    step, height = coarse, network.height("image")
+    while step % 2 == 0 and math.comb(2 * height // step, count - 1) <= _MOST_WAYS:
+        step //= 2
+    return step
 
 
 def _compositions(height: int, count: int) -> Iterator[tuple[int, ...]]:
@@ -431,11 +445,12 @@ def _gathered(
     times: Sequence[Floats],
     before: Sequence[NDArray[Any]],
     end: int,
+    step: int,
 ) -> Plan | None:
     """The best plan that gathers at cut `end`; None where none fits into memory."""
     network, cut = shape.network, shape.network.cuts[end]
     size, total = network.row_bytes(cut), ways.sum(axis=1, keepdims=True)
-    own = network.height(cut) * ways / total
+    own = _own(network, ways, step, cut)
     limits = [profile.devices[d].memory for d in devices]
     best: tuple[float, int, int] | None = None
     for leader, d in enumerate(devices):
@@ -468,7 +483,7 @@ def _gathered(
         if place:
             exchanged.insert(0, network.cuts[place])
     heights = tuple(int(each) for each in ways[way])
-    layout = Layout(tuple(exchanged), cut, heights, leader)
+    layout = Layout(tuple(exchanged), cut, heights, leader, step)
     seconds = _exit_seconds(shape, profile, devices, times, way, end, leader, whole)
     used = tuple(
         _memory(shape, end, h / sum(heights), rest=k == leader, shares=True)
@@ -550,6 +565,7 @@ def read_cluster(path: Path) -> tuple[Profile, Plan | None]:
             shared["gathered"],
             tuple(shared["heights"]),
             shared["leader"],
+            shared["step"],
         )
         return profile, Plan(layout=layout, **_tuples(made))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

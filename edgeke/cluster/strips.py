@@ -30,14 +30,16 @@ class Layout:
     """How a network is shared.
 
     `exchanged`: the values whose rows travel, in order; the image is always among them. `gathered`:
-    the value from which on the leading device works alone. `heights` `[D]`: how many rows of it
-    each device owns; one device alone has all rows of the image. `leader`: who leads, 0..D-1.
+    the value from which on the leading device works alone. `heights` `[D]`: how much each device
+    owns of every map, in units of `step` rows of the image (0: those of one row of `gathered`);
+    where a map's rows are coarser, a boundary is the next row. `leader`: who leads, 0..D-1.
     """
 
     exchanged: tuple[str, ...]
     gathered: str
     heights: tuple[int, ...]
     leader: int = 0
+    step: int = 0
 
 
 @dataclass
@@ -132,7 +134,7 @@ def alone(network: Network) -> Layout:
 
 def own_rows(network: Network, name: str, layout: Layout, device: int) -> Rows:
     """The rows of a value that a device owns: none twice, and none left out."""
-    step, height = network.stride[layout.gathered], network.height(name)
+    step, height = layout.step or network.stride[layout.gathered], network.height(name)
     ends = [0, *itertools.accumulate(layout.heights)]
     low, high = (min(height, -(-end * step // network.stride[name])) for end in ends[device:][:2])
     return low, height if device == len(layout.heights) - 1 else high

@@ -22,11 +22,12 @@ KINDS = (*KINDS, ExitSpec(0.7, "attention"))
 def random_layout(network: Network, devices: int, random: np.random.Generator) -> Layout:
     cuts = [cut for cut in network.cuts[1:] if network.height(cut) >= devices]
     end = int(random.integers(len(cuts)))
-    height = network.height(cuts[end])
+    step = int(random.choice([network.stride[cuts[end]], 4, 3]))  # boundaries anywhere, too
+    height = -(-network.height("image") // step)
     ends = np.sort(random.choice(np.arange(1, height), devices - 1, replace=False))
     heights = tuple(int(b - a) for a, b in pairwise([0, *ends, height]))
     exchanged = tuple(cut for cut in cuts[:end] if random.random() < 0.5)
-    return Layout(exchanged, cuts[end], heights, int(random.integers(devices)))
+    return Layout(exchanged, cuts[end], heights, int(random.integers(devices)), step)
 
 
 def logits_of(network: Network, layout: Layout, image: np.ndarray) -> np.ndarray:
