@@ -23,14 +23,12 @@ from edgeke.errors import InputError
 
 PREFIX = "edgeke:"
 _STARTS_WITHIN = 60.0  # seconds for a device's process to start
-_STORE_BYTES = 200 * 2**20
+_STORE_BYTES = 2**30
 
 
 def load_ray() -> ModuleType:
     """The package ray. Errors: InputError when it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Its agent takes over its 30 s to start where a machine is slow or busy.
-    os.environ.setdefault("RAY_agent_register_timeout_ms", "180000")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "60")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the engine handles them
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -50,14 +48,20 @@ def connect(address: str | None, local: int | None) -> list[str]:
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-        ray.init(
-            num_cpus=max(1, local),
-            resources={f"{PREFIX}local{number}": 1 for number in range(local)},
-            object_store_memory=_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        try:
+            ray.init(
+                num_cpus=max(1, local),
+                resources={f"{PREFIX}local{number}": 1 for number in range(local)},
+                object_store_memory=_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as error:  # Ray raises no class of its own here
+            raise InputError(
+                f"Ray did not start here ({' '.join(str(error).split())[:150]}); it gives up when"
+                " its processes take over 15 s to start: try again when less else runs"
+            ) from error
     else:
         try:
             ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from toys import ROOT
 
+from edgeke.cluster.actors import start_actors
 from edgeke.cluster.engine import Engine
 from edgeke.cluster.plan import Profile
+from edgeke.cluster.profile import measure_cluster
 from edgeke.device.scores import SCORES, calibrated_probabilities
 from edgeke.errors import InputError
 from tests.cluster.conftest import make
@@ -176,6 +178,17 @@ def test_500_images_under_random_faults(ray, engine, toy):
         worst = max(worst, float(np.abs(engine.logits(image) - whole(image[None])).max()))
     assert faults >= 20
     assert worst < 1e-4
+
+
+@pytest.mark.slow
+def test_a_device_that_leaves_while_it_is_measured_is_named(ray, running, toy):
+    running.close()
+    actors = start_actors(NAMES, 1)
+    os.kill(ray.get(actors["local1"].describe.remote())["pid"], signal.SIGKILL)
+    with pytest.raises(InputError, match="local1 left while it was measured"):
+        measure_cluster(toy[0], actors, "", "fp32", 1)
+    for actor in actors.values():
+        ray.kill(actor)
 
 
 @pytest.mark.slow
