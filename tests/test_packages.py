@@ -14,6 +14,7 @@ STAGES = tuple(PIPELINE["stages"])
 # What each package or module below edgeke/ may import of the others, besides errors.
 ALLOWED = {
     "bundle": {"files"},
+    "cluster": {"device", "files", "serving"},  # `cluster serve` is a server's application
     "compare": {"files", "params", "tracking"},
     "data": {"device", "files", "params"},  # pictures are decoded as on the device
     "device": set(),
@@ -76,7 +77,9 @@ def test_imports_go_one_way(module):
 
 def test_policy_and_device_run_without_torch():
     for module in MODULES:
-        if module.startswith(("edgeke.policy", "edgeke.device", "edgeke.serving")):
+        if module.startswith(
+            ("edgeke.policy", "edgeke.device", "edgeke.serving", "edgeke.cluster")
+        ):
             assert "torch" not in {name.split(".")[0] for name in reached(module)}, module
 
 

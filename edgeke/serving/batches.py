@@ -117,6 +117,7 @@ class Batches:
     classifier: Classifier
     most: int = 32
     longest: float = 1.0  # seconds of work that may wait
+    known: SegmentCosts | None = None  # costs that need no measuring: a cluster's plan
     costs: SegmentCosts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +125,8 @@ class Batches:
         assert segments is not None, "the server has checked that"
         self._segments = segments
         self.policy = self.classifier.policy
-        self.costs = measure(self.classifier, segments, self.most, _MEASURE_SECONDS)
+        measured = self.known or measure(self.classifier, segments, self.most, _MEASURE_SECONDS)
+        self.costs = measured
         exits = range(len(self.policy.macs))
         self._largest = [self.costs.largest(k, _BATCH_SECONDS, self.most) for k in exits]
         per_image = [self.costs.batch(k, self._largest[k]) / self._largest[k] for k in exits]
