@@ -11,6 +11,7 @@ import onnxruntime
 
 from edgeke.device.decode import BITS, FIT, FITS
 from edgeke.device.manifest import MANIFEST, Block, parse_blocks, read_manifest
+from edgeke.device.partitions import Partition, parse_partitions
 from edgeke.device.policy import Policy, SchemaError, parse_policy
 from edgeke.device.profile import leads_out
 from edgeke.errors import InputError
@@ -36,7 +37,8 @@ class Metadata:
     """The one file's metadata: policy, class names, image shape `(H, W, C)`, and more.
 
     `bits`: significant bits of 16-bit pictures. `segments_sha256`: see `segments_hash`; None in
-    files of older versions, where `blocks` are empty. `fit`: see `decode.fit_picture`.
+    files of older versions, where `blocks` and `partitions` are empty. `fit`: see
+    `decode.fit_picture`.
     """
 
     policy: Policy
@@ -46,6 +48,7 @@ class Metadata:
     segments_sha256: str | None
     blocks: tuple[Block, ...]
     fit: str = FIT
+    partitions: tuple[Partition, ...] = ()
 
 
 def find_bundle(path: Path, precision: str | None = None) -> Bundle:
@@ -104,6 +107,7 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
         bits = json.loads(metadata.get("bits", str(BITS)))
         fit = json.loads(metadata.get("fit", json.dumps(FIT)))
         blocks = parse_blocks(json.loads(metadata.get("blocks", "[]")))
+        partitions = parse_partitions(metadata.get("partitions", "[]"), policy)
         fits = bits in range(8, 17) and fit in FITS
         fits = fits and shapes == {
             "image": [1, height, width, channels],
@@ -120,7 +124,8 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{name} is damaged: {error}; copy or export it again") from error
     shape = (height, width, channels)
-    return Metadata(policy, classes, shape, bits, metadata.get("segments_sha256"), blocks, fit)
+    sha256 = metadata.get("segments_sha256")
+    return Metadata(policy, classes, shape, bits, sha256, blocks, fit, partitions)
 
 
 def describe_pixels(shape: tuple[int, int, int], fit: str = "crop") -> dict[str, Any]:
