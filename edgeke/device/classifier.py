@@ -21,6 +21,7 @@ from edgeke.device.blocks import BlockProfile, profile_blocks
 from edgeke.device.bundle import find_bundle, read_metadata, read_segments
 from edgeke.device.choice import Request, UnmetError, choose
 from edgeke.device.images import ORDERS, check_image, check_images
+from edgeke.device.partitions import Partition
 from edgeke.device.policy import OperatingPoint, force_exit
 from edgeke.device.profile import (
     Profile,
@@ -157,6 +158,16 @@ class Classifier:
     def lists_blocks(self) -> bool:
         """Whether the model can be profiled block by block: those of older versions cannot."""
         return bool(self._metadata.blocks)
+
+    @property
+    def segments_sha256(self) -> str | None:
+        """Which segments the model was composed of; None in files of older versions."""
+        return self._metadata.segments_sha256
+
+    @property
+    def partitions(self) -> tuple[Partition, ...]:
+        """After which exits, and how, an image may go on to a server (docs/partition.md)."""
+        return self._metadata.partitions
 
     @property
     def measured(self) -> Profile | None:

@@ -104,6 +104,11 @@ class Segments:
             row /= np.add.reduce(row)
             yield row
 
+    def features_shape(self, exit: int) -> tuple[int, int, int]:
+        """What an exit, not the last, gives to the next one: `(C, H, W)`."""
+        channels, height, width = self._sessions[exit].get_outputs()[1].shape[1:]
+        return channels, height, width
+
     def _run(self, exit: int, features: NDArray[Any]) -> tuple[Floats, NDArray[Any]]:
         """An exit's logits `[N, K]`, and the features for the next one (none after the last)."""
         logits, *rest = self._sessions[exit].run(

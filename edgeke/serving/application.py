@@ -27,6 +27,7 @@ from edgeke.device.choice import UnmetError
 from edgeke.device.classifier import Classifier
 from edgeke.device.decode import fit_picture, open_picture
 from edgeke.errors import InputError
+from edgeke.serving import partitions
 from edgeke.serving.batches import Answers, Batches, BusyError
 from edgeke.serving.metrics import Metrics
 from edgeke.serving.protocol import (
@@ -85,6 +86,7 @@ class Server:
                 Route(prefix, self._model_metadata),
                 Route(f"{prefix}/ready", self._ready),
                 Route(f"{prefix}/infer", self._infer, methods=["POST"]),
+                *partitions.routes(self, prefix),
             ]
         for route in routes:
             route.app = self._guarded(route)
@@ -138,7 +140,8 @@ class Server:
         return True
 
     @property
-    def _open_batches(self) -> Batches:
+    def open_batches(self) -> Batches:
+        """The queue. Errors: HTTPException while the model is being loaded."""
         if self.batches is None:
             raise HTTPException(503, "the model is being loaded", {"retry-after": "1"})
         return self.batches
@@ -214,7 +217,7 @@ class Server:
         )
 
     async def _model_metadata(self, _: Request) -> Response:
-        classifier = self._open_batches.classifier
+        classifier = self.open_batches.classifier
         height, width, channels = classifier.image_shape
         classes = len(classifier.classes)
         outputs = {
@@ -244,16 +247,16 @@ class Server:
         )
 
     async def _metrics(self, _: Request) -> Response:
-        batches = self._open_batches
+        batches = self.open_batches
         self.metrics.waiting.set(batches.images)
         self.metrics.backlog.set(batches.backlog)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _infer(self, request: Request) -> Response:
         arrived = time.perf_counter()
-        self._open_batches.check_load()
-        body = await self._body(request)
-        batches = self._open_batches  # the model may have been replaced meanwhile
+        self.open_batches.check_load()
+        body = await self.body(request)
+        batches = self.open_batches  # the model may have been replaced meanwhile
         length = request.headers.get("inference-header-content-length")
         if length is not None and not (length.isascii() and length.isdigit()):
             raise InputError(
@@ -263,7 +266,7 @@ class Server:
         most = max(1, self.settings.body_limit // max(1, math.prod(classifier.image_shape)))
         asked = parse_infer(body, int(length) if length else None, classifier.image_shape, most)
         answers = await batches.answer(asked.images, asked.requirements, arrived)
-        self._count(answers)
+        self.count(answers)
         labels = np.where(answers.unsure, -1, answers.probabilities.argmax(-1))
         names = np.asarray([*classifier.classes, "unsure"], object)  # -1 is the last
         values = {
@@ -277,14 +280,14 @@ class Server:
 
     async def _classify(self, request: Request) -> Response:
         arrived = time.perf_counter()
-        self._open_batches.check_load()
+        self.open_batches.check_load()
         requirements = check_requirements(dict(request.query_params))
-        body = await self._body(request)
-        batches = self._open_batches
+        body = await self.body(request)
+        batches = self.open_batches
         classifier = batches.classifier
         pixels = await asyncio.to_thread(_decode, body, classifier)
         answers = await batches.answer(pixels[None], requirements, arrived)
-        self._count(answers)
+        self.count(answers)
         probabilities = answers.probabilities[0]
         label, unsure = int(probabilities.argmax()), bool(answers.unsure[0])
         return JSONResponse(
@@ -297,13 +300,14 @@ class Server:
             }
         )
 
-    def _count(self, answers: Answers) -> None:
+    def count(self, answers: Answers) -> None:
+        """Count a request that was answered."""
         self.metrics.latency.observe(answers.seconds)
         self.metrics.late.inc(answers.late)
         for exit, count in zip(*np.unique(answers.exit, return_counts=True), strict=True):
             self.metrics.exits.labels(str(exit)).inc(int(count))
 
-    async def _body(self, request: Request) -> bytes:
+    async def body(self, request: Request) -> bytes:
         """The body, unpacked; refused when it is too large or comes too slowly."""
         limit = self.settings.body_limit
         sentence = f"the body is larger than {limit} bytes"
