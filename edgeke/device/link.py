@@ -90,7 +90,7 @@ class Link:
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._address: tuple[Any, ...] | None = None
         self._ids = itertools.count()
-        self._warned: set[str] = set()
+        self.trouble: str | None = None  # what failed last, until something works
         self.round_trip, self.per_byte, self.deviation = 0.05, 1e-6, 0.02  # until measured
         self.server_ms: dict[str, float] = {}
         self._failures, self._pause = 0, _FIRST_PAUSE
@@ -145,8 +145,9 @@ class Link:
             waited = time.monotonic() - started
             if waited > self.seconds(len(request)):
                 self._observe(len(request), waited)
-            self._fail(isinstance(error, ConnectionRefusedError))
-            raise LinkError(f"{self.url}: {error or type(error).__name__}") from error
+            words = f"{self.url}: {error or type(error).__name__}"
+            self._fail(words, isinstance(error, ConnectionRefusedError))
+            raise LinkError(words) from error
         took = time.monotonic() - started
         self._observe(len(request), took - reply.server_ms / 1e3)
         known = self.server_ms.get(after, reply.server_ms)
@@ -157,10 +158,12 @@ class Link:
     def probe(self) -> None:
         """Measure round trip and rate with two messages that the server throws away.
 
-        Errors: none; a server that does not answer is left alone for a while.
+        A server that does not answer is left alone for a while; a warning says why.
         """
         with self._probing:
             self._probe()
+        if self.trouble is not None:
+            warnings.warn(f"answers stay on this device: {self.trouble}", stacklevel=4)
 
     def keep_measured(self) -> None:
         """Probe in a thread of its own, where that is due; returns at once."""
@@ -194,14 +197,11 @@ class Link:
             size = int(min(max(_PROBE_SHARE / self.per_byte, _PROBE_BYTES[0]), _PROBE_BYTES[1]))
             _, longer = self._measure(size, until)
         except (LinkError, OSError, http.client.HTTPException, ValueError) as error:
-            if not isinstance(error, OSError | http.client.HTTPException):
-                self._warn(f"answers stay on this device, since {self.url} says: {error}")
-            self._fail(True)
+            self._fail(f"{self.url}: {error or type(error).__name__}", True)
             return
         costs = content.get("milliseconds")
         if content.get("segments") != self.segments or not isinstance(costs, dict):
-            self._warn(f"answers stay on this device: {self.url} serves another model")
-            self._fail(True)
+            self._fail(f"{self.url} serves another model", True)
             return
         self.server_ms |= {str(k): float(v) for k, v in costs.items()}
         with self._lock:
@@ -300,7 +300,6 @@ class Link:
         if content.get("id") != name or not isinstance(parameters, dict):
             raise LinkError("an answer to another request")
         if parameters.get("segments") != self.segments:
-            self._warn(f"answers stay on this device: {self.url} serves another model")
             raise LinkError("an answer of another model")
         values = np.frombuffer(tail, "<f4").astype(np.float32)
         if not len(values) or not (values >= 0).all() or abs(values.sum() - 1) > 1e-3:
@@ -322,20 +321,17 @@ class Link:
     def _succeed(self) -> None:
         with self._lock:
             self._failures, self._pause, self._retry = 0, _FIRST_PAUSE, None
+            self.trouble = None
             self.version += 1
 
-    def _fail(self, at_once: bool) -> None:
+    def _fail(self, words: str, at_once: bool) -> None:
         with self._lock:
+            self.trouble = words
             self._failures += 1
             if at_once or self._failures >= _FAILURES:
                 self._retry = time.monotonic() + self._pause
                 self.version += 1
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-
-    def _warn(self, words: str) -> None:
-        if words not in self._warned:
-            self._warned.add(words)
-            warnings.warn(words, stacklevel=4)
 
 
 def _close(connections: list[socket.socket]) -> None:

@@ -216,7 +216,8 @@ def test_a_server_that_dies_and_comes_back(folder, serve, images):
 
 
 def test_a_server_of_another_model_is_not_asked(divided, server, images):
-    other = Classifier(divided, server="http://127.0.0.1:1", patience_ms=100)
+    with pytest.warns(UserWarning, match="stay on this device.*refused"):
+        other = Classifier(divided, server="http://127.0.0.1:1", patience_ms=100)
     other._rest.link._port = server.port  # its segments are the same, but it has another file
     other._rest.link.segments = "0" * 64
     with pytest.warns(UserWarning, match="serves another model"):
@@ -270,10 +271,10 @@ def storm(world, images, requests):
     for number in range(requests):
         which, image = dice.integers(len(names)), images[dice.integers(len(images))]
         world.rest._plan = lambda request, measured, plan=plans[which]: plan
-        deadline = 300.0 if number % 4 == 0 else None
+        deadline = 500.0 if number % 4 == 0 else None
         answer = world.device.predict(image, deadline_ms=deadline)
         world.check(names[which], image, answer)
-        assert answer.latency_ms < (deadline or 100 + 300), answer
+        assert answer.latency_ms < (deadline or 2_000), answer
         places.append(answer.place)
         world.rest.link.keep_measured()
     share = places.count("server") / requests
