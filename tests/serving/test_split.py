@@ -5,6 +5,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,36 @@ from edgeke.device.partitions import Partition, as_logits
 from edgeke.device.policy import force_exit
 from edgeke.device.scores import calibrated_probabilities
 from edgeke.errors import InputError
+
+
+class Heart(threading.Thread):
+    """Beats every 2 ms, to know for how long a busy machine did not run this process."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.late, self.going = 0.0, True
+        self.start()
+
+    def run(self):
+        last = time.monotonic()
+        while self.going:
+            time.sleep(0.002)
+            now = time.monotonic()
+            self.late += max(0.0, now - last - 0.004)
+            last = now
+
+    def within(self, milliseconds, limit, before):
+        """Whether it took no longer, the time apart in which this process did not run."""
+        time.sleep(0.004)
+        return milliseconds < limit + 3e3 * (self.late - before)
+
+
+@pytest.fixture
+def heart():
+    beating = Heart()
+    yield beating
+    beating.going = False
+    beating.join()
 
 
 class World:
@@ -70,7 +101,7 @@ def folder(divided, tmp_path) -> Path:
 @pytest.fixture
 def world(folder, tail_server):
     with Link("127.0.0.1", tail_server.port) as link:
-        yield World(folder, tail_server, link, patience_ms=500)
+        yield World(folder, tail_server, link, patience_ms=20_000)
 
 
 def test_a_partition_gives_what_its_codec_lets_through(world, images):
@@ -129,24 +160,25 @@ def test_the_link_is_measured_from_its_own_traffic(world, images):
     link.probe()
     assert link.seconds(2000) < 0.1
     world.link.set(rate_mbit=0.5, delay_ms=20.0)
-    for image in images[:12]:
-        world.device.predict(image)
-    size = world.device.predict(images[0]).sent_bytes
-    true = 0.04 + 8 * size / 0.5e6
-    assert 0.6 * true < link.seconds(size) < 2.5 * true
+    answers = [world.device.predict(image) for image in images[:15]]
+    size = answers[0].sent_bytes
+    took = float(np.median([answer.latency_ms for answer in answers[-7:]])) / 1e3
+    least = 0.04 + 8 * size / 0.5e6
+    assert took >= least
+    assert max(0.7 * least, 0.4 * took) < link.seconds(size) < 3 * took
 
 
 @pytest.mark.parametrize("fault", ["garbage", "half", "swap", "reset", "silence", "refuse"])
-def test_an_answer_that_cannot_be_used_is_replaced_by_the_device_s(world, images, fault):
+def test_an_answer_that_cannot_be_used_is_replaced_by_the_device_s(world, images, heart, fault):
     world.use("after_0_q4")
     assert world.device.predict(images[0]).place == "server"
     world.link.set(faults={fault: 1.0})
     world.rest.link.close()
     world.rest._patience = 0.15
     for image in images[:4]:
-        started = time.monotonic()
+        before = heart.late
         answer = world.device.predict(image)
-        assert time.monotonic() - started < 0.15 + 0.5
+        assert heart.within(answer.latency_ms, 300, before)
         assert (answer.place, answer.promise_void) == ("device", False)
         world.check("after_0_q4", image, answer)
     assert not world.rest.link.usable, "the server is left alone now"
@@ -162,34 +194,36 @@ def recovers(link):
         assert time.monotonic() < deadline, "the server was not tried again"
 
 
-def test_deadlines_are_kept_while_the_server_is_silent(world, images):
+def test_deadlines_are_kept_while_the_server_is_silent(world, images, heart):
     world.use("after_0_q4")
     world.link.set(faults={"silence": 1.0})
     for image in images[:5]:
+        before = heart.late
         answer = world.device.predict(image, deadline_ms=400)
         assert answer.place == "device"
-        assert answer.latency_ms < 400
+        assert heart.within(answer.latency_ms, 400, before)
         world.check("after_0_q4", image, answer)
     late = world.rest._until(Request(deadline=400.0), world.device.measured, 0, 2, 0.0)
     rest = world.device.measured.p95_ms[2] - world.device.measured.p95_ms[0]
     assert late == pytest.approx(0.38 - 1.1e-3 * rest)
 
 
-def test_without_time_for_the_rest_an_early_answer_says_that_its_promise_is_void(world, images):
+def test_without_time_for_the_rest_the_promise_of_an_early_answer_is_void(world, images, heart):
     world.use("after_0_q4")
     world.link.set(faults={"silence": 1.0})
     measured = world.device.measured
     times = (measured.p95_ms[0], 5_000.0, 9_000.0)  # deeper exits would take seconds
     world.device._measured = type(measured)(times, times, 1)
+    before = heart.late
     answer = world.device.predict(images[0], deadline_ms=400)
     assert (answer.exit, answer.place, answer.promise_void) == (0, "device", True)
-    assert answer.latency_ms < 400
+    assert heart.within(answer.latency_ms, 400, before)
 
 
 def test_a_server_that_dies_and_comes_back(folder, serve, images):
     server = serve(folder=folder)
     with Link("127.0.0.1", server.port) as link:
-        world = World(folder, server, link, patience_ms=300)
+        world = World(folder, server, link, patience_ms=20_000)
         world.use("after_0_q4")
         assert world.device.predict(images[0]).place == "server"
         os.kill(server.process.pid, signal.SIGSTOP)  # in the middle of a request
@@ -258,7 +292,7 @@ FAULTS = {
 }  # fmt: skip
 
 
-def storm(world, images, requests):
+def storm(world, images, heart, requests):
     """Requests under random faults: every one is answered, in time, and as its own image's."""
     names = ("after_0_q4", "after_0_f32", "after_1_q8", "raw")
     plans = []
@@ -271,20 +305,21 @@ def storm(world, images, requests):
     for number in range(requests):
         which, image = dice.integers(len(names)), images[dice.integers(len(images))]
         world.rest._plan = lambda request, measured, plan=plans[which]: plan
-        deadline = 500.0 if number % 4 == 0 else None
+        deadline = 80.0 if number % 4 == 0 else None
+        before = heart.late
         answer = world.device.predict(image, deadline_ms=deadline)
         world.check(names[which], image, answer)
-        assert answer.latency_ms < (deadline or 2_000), answer
+        assert heart.within(answer.latency_ms, deadline or 250, before), answer
         places.append(answer.place)
         world.rest.link.keep_measured()
     share = places.count("server") / requests
-    assert 0.5 < share < 0.99, share
+    assert 0.3 < share < 0.99, share
 
 
-def test_no_answer_is_mixed_up_under_random_faults(world, images):
-    storm(world, images, 150)
+def test_no_answer_is_mixed_up_under_random_faults(world, images, heart):
+    storm(world, images, heart, 150)
 
 
 @pytest.mark.slow
-def test_no_answer_is_mixed_up_under_2_000_random_faults(world, images):
-    storm(world, images, 2000)
+def test_no_answer_is_mixed_up_under_2_000_random_faults(world, images, heart):
+    storm(world, images, heart, 2000)
