@@ -152,7 +152,7 @@ class Link:
         self._observe(len(request), took - reply.server_ms / 1e3)
         known = self.server_ms.get(after, reply.server_ms)
         self.server_ms[after] = known + _GAIN * (reply.server_ms - known)
-        self._succeed()
+        self._succeed(True)
         return reply
 
     def probe(self) -> None:
@@ -209,7 +209,7 @@ class Link:
             self.per_byte = max((longer - round_trip) / size, 1e-10)
             self.deviation = max(self.deviation / 2, round_trip / 8)
             self.version += 1
-        self._succeed()
+        self._succeed(False)
 
     def _measure(self, size: int, until: float) -> tuple[dict[str, Any], float]:
         request = self._head("", size, "") + bytes(size)
@@ -318,10 +318,14 @@ class Link:
             self._seen = time.monotonic()
             self.version += 1
 
-    def _succeed(self) -> None:
+    def _succeed(self, answered: bool) -> None:
+        """Use the server; after a probe alone the next failure leaves it alone again, for longer."""
         with self._lock:
-            self._failures, self._pause, self._retry = 0, _FIRST_PAUSE, None
-            self.trouble = None
+            if answered:
+                self._failures, self._pause = 0, _FIRST_PAUSE
+            elif self._retry is not None:
+                self._failures = _FAILURES - 1
+            self._retry = self.trouble = None
             self.version += 1
 
     def _fail(self, words: str, at_once: bool) -> None:
