@@ -319,7 +319,7 @@ class Link:
             self.version += 1
 
     def _succeed(self, answered: bool) -> None:
-        """Use the server; after a probe alone the next failure leaves it alone again, for longer."""
+        """Use the server; after a probe alone the next failure leaves it alone again, longer."""
         with self._lock:
             if answered:
                 self._failures, self._pause = 0, _FIRST_PAUSE
