@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +12,22 @@ from numpy.typing import NDArray
 
 from edgeke.data.dataset import Split, channels_last
 from edgeke.device.bundle import describe_pixels, segments_hash
+from edgeke.device.codec import Codec, decode, encode, encode_picture, parse_codec
 from edgeke.device.manifest import Manifest
+from edgeke.device.partitions import Partition, parse_partitions, partitions_json, raw_partition
 from edgeke.device.policy import Policy, force_exit, parse_policy
 from edgeke.device.scores import Score, biased, calibrated_probabilities
 from edgeke.device.session import open_session
 from edgeke.device.shift import histogram
 from edgeke.graph.compose import compose_cascade
 from edgeke.graph.parity import check_close, check_exits
-from edgeke.graph.runner import segment_logits
+from edgeke.graph.runner import Floats, logits_through, segment_logits
 from edgeke.params import Calibrate
 from edgeke.policy.cascade import run_cascade
 from edgeke.policy.certify import certify
 from edgeke.policy.exits import best_exit
 from edgeke.policy.fit import fit_policy
+from edgeke.policy.partitions import certify_partition, partition_metrics
 from edgeke.policy.report import exit_metrics, point_metrics, reliability_rows
 from edgeke.policy.samples import ExitLogits, one_of_each
 
@@ -79,14 +83,19 @@ def calibrate(
         validation, manifest.macs, manifest.main_macs, settings, manifest.classes
     )
     groups = splits["calibration"].groups
-    if groups is not None:
-        answers["calibration"] = answers["calibration"].at(one_of_each(groups))
+    drawn = np.arange(len(splits["calibration"].labels)) if groups is None else one_of_each(groups)
+    answers["calibration"] = answers["calibration"].at(drawn)
     policy = certify(fitted, answers["calibration"], settings)
     policy = with_histogram(replace(policy, reference_exit=exit), answers["calibration"])
+    images = {name: channels_last(splits[name].images) for name in answers}
+    images["calibration"] = images["calibration"][drawn]
+    partitions = certify_partitions(segments, images, answers, policy, settings, manifest)
     metrics |= point_metrics(policy, validation)
     for name, split in answers.items():
         metrics |= exit_metrics(split, policy.temperatures, name)
-    model = compose(segments, policy, manifest)
+    for partition in partitions:
+        metrics |= partition_metrics(partition)
+    model = compose(segments, policy, manifest, partitions)
     metrics |= check_composed(model, policy, validation, splits["validation"])
     rows = reliability_rows(answers["calibration"], policy.temperatures)
     return Calibrated(policy, model, metrics, reference, rows)
@@ -99,18 +108,71 @@ def with_histogram(policy: Policy, calibration: ExitLogits) -> Policy:
     return replace(policy, histogram=histogram(score.at(first, 0)))
 
 
-def compose(segments: Sequence[Path], policy: Policy, manifest: Manifest) -> bytes:
+def certify_partitions(
+    segments: Sequence[Path],
+    images: Mapping[str, NDArray[np.uint8]],
+    answers: Mapping[str, ExitLogits],
+    policy: Policy,
+    settings: Calibrate,
+    manifest: Manifest,
+) -> tuple[Partition, ...]:
+    """The partitions of the settings, and `raw` beside them; `images` by split, as `answers`.
+
+    One after the last exit, or one that is left out of the model, would leave nothing to a server
+    and is skipped.
+    """
+    partitions = []
+    for wanted in settings.partitions:
+        after = wanted.after
+        if after > len(policy.macs) - 2:
+            continue
+        sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in wanted.codecs}
+        codecs = {name: parse_codec(name) for name in wanted.codecs}
+        changes = {name: partial(_through, codec, sizes[name]) for name, codec in codecs.items()}
+        remote = {
+            split: logits_through(segments, images[split], after, changes, 0) for split in images
+        }
+        for name, codec in codecs.items():
+            plain, packed = np.mean(sizes[name], axis=0).tolist()
+            last = {split: logits[name] for split, logits in remote.items()}
+            partitions.append(
+                certify_partition(
+                    after, codec, answers, last, policy, settings, manifest.classes, (plain, packed)
+                )
+            )
+    if partitions:
+        pictures = [len(encode_picture(image)) for image in images["validation"]]
+        partitions.append(raw_partition(policy, float(np.mean(pictures))))
+    return tuple(partitions)
+
+
+def _through(codec: Codec, sizes: list[tuple[int, int]], features: Floats) -> Floats:
+    """The features as they arrive; `sizes` grows by each image's bytes, without and with zlib."""
+    for each in features:
+        sizes.append((len(encode(each[None], codec)), len(encode(each[None], codec, True))))
+    return decode(encode(features, codec), features.shape[1:], len(features))
+
+
+def compose(
+    segments: Sequence[Path],
+    policy: Policy,
+    manifest: Manifest,
+    partitions: Sequence[Partition] = (),
+) -> bytes:
     """The one file: the segments in one model, with what a device must know in its metadata.
 
-    That is the policy, class names, input shape `[H, W, C]`, what its pixels are, significant bits
-    of 16-bit pictures, how pictures are fitted to the shape, the blocks, and the segments' hash, by
-    which a device tells whether the segments beside the file are its. Errors: InputError for a
-    policy that a device would refuse.
+    That is the policy, the partitions, class names, input shape `[H, W, C]`, what its pixels are,
+    significant bits of 16-bit pictures, how pictures are fitted to the shape, the blocks, and the
+    segments' hash, by which a device tells whether the segments beside the file are its. Errors:
+    InputError for a policy that a device would refuse.
     """
     text = json.dumps(policy.to_json())
     parse_policy(text)
+    other = partitions_json(partitions)
+    parse_partitions(other, policy)
     metadata = {
         "policy": text,
+        "partitions": other,
         "classes": json.dumps(list(manifest.classes)),
         "image_shape": json.dumps(list(manifest.image_shape)),
         "pixels": json.dumps(describe_pixels(manifest.image_shape, manifest.fit)),

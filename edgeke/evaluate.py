@@ -15,11 +15,15 @@ from edgeke.bundle import copy_device_package
 from edgeke.data.answers import useless
 from edgeke.data.dataset import Split, channels_last
 from edgeke.device.bundle import PRECISIONS, read_metadata
+from edgeke.device.codec import RAW, decode, encode, parse_codec
+from edgeke.device.manifest import read_manifest
 from edgeke.device.measure import Job, Measurements, Setting, Trace
+from edgeke.device.partitions import Partition, as_logits
 from edgeke.device.policy import Policy, force_exit
-from edgeke.device.scores import Score, biased
+from edgeke.device.scores import Score, biased, calibrated_probabilities
 from edgeke.device.session import open_session
 from edgeke.graph.parity import check_exits
+from edgeke.graph.runner import logits_through
 from edgeke.params import Evaluate
 from edgeke.policy.cascade import run_cascade
 from edgeke.policy.classes import class_metrics, class_rows
@@ -29,6 +33,8 @@ from edgeke.remote import run_folder
 # What names begin with in a precision; fp32 first, whose policy names the reference exit.
 _PREFIXES = {"fp32": "", "int8": "int8/"}
 _TIE = 1e-6
+# The emulated link: Mbit/s, and milliseconds in one direction.
+_RATES, _DELAY_MS = (1.0, 10.0, 100.0), 10.0
 _BY_CLASS = ("default", "full")
 _INSPECTED = {"max_miss": "miss", "min_recall": "recall", "max_sure_error": "sure_error"}
 _LABELLED = ("main", "plain", "teacher")
@@ -102,11 +108,13 @@ def evaluate(
     Errors: InputError for a damaged file, and in the device's words when its process fails.
     """
     policies: dict[str, Policy] = {}
+    partitions: dict[str, tuple[Partition, ...]] = {}
     classes: tuple[str, ...] = ()
     for precision in _PREFIXES:
         file = models / PRECISIONS[precision]
         metadata = read_metadata(open_session(file), str(file))
         policies[precision], classes = metadata.policy, metadata.classes
+        partitions[precision] = metadata.partitions
     measured, answers = _measure(models, policies, static_macs, len(classes), test, settings)
     metrics = {f"test/{name}": value for name, value in measured.metrics.items()}
     frontier: list[Row] = []
@@ -130,6 +138,17 @@ def evaluate(
         frontier += _frontier(precision, results, measures, measured.metrics)
         metrics |= inspected(policy, prefix, answered, test.labels, reference, classes)
         metrics |= kept(policy, metrics, prefix)
+        folder = models / "segments" / precision
+        segments = [folder / name for name in read_manifest(folder).segments]
+        own = [answers[f"{prefix}exit_{exit}"] for exit in range(len(policy.macs))]
+        for partition in partitions[precision]:
+            remote = through_partition(partition, segments, test.images)
+            values = divided(
+                partition, policy, own, remote, test.labels, reference, metrics, prefix
+            )
+            metrics |= {
+                f"test/{prefix}partition/{partition.name}/{k}": v for k, v in values.items()
+            }
         leavers += left
     for row in leavers:
         values = {key: value for key, value in row.items() if isinstance(value, float)}
@@ -180,6 +199,67 @@ def write_samples(
             pixels = images[by_certainty[place]]
             grey = pixels.shape[-1] == 1
             Image.fromarray(pixels[..., 0] if grey else pixels).save(folder / f"{number:02}.png")
+
+
+def through_partition(
+    partition: Partition, segments: Sequence[Path], images: NDArray[np.uint8]
+) -> NDArray[np.float32] | None:
+    """The last exit's logits `[N, K]` through a codec; None for `raw`, which changes nothing."""
+    if partition.codec == RAW:
+        return None
+    codec = parse_codec(partition.codec)
+
+    def change(features: NDArray[np.float32]) -> NDArray[np.float32]:
+        return decode(encode(features, codec), features.shape[1:], len(features))
+
+    pixels = channels_last(images)
+    return logits_through(segments, pixels, partition.after, {"": change}, 0)[""]
+
+
+def divided(
+    partition: Partition,
+    base: Policy,
+    own: Sequence[NDArray[np.float32]],
+    remote: NDArray[np.float32] | None,
+    labels: NDArray[np.int64],
+    reference: NDArray[np.bool_],
+    measured: Mapping[str, float],
+    prefix: str,
+) -> dict[str, float]:
+    """A partition's default point, over a link that is emulated.
+
+    `own` are the exits' probabilities on the device, `remote` the server's logits. Milliseconds
+    are those of the device, as measured, and those of the link at some rates with 10 ms each way;
+    a server's are left out.
+    """
+    after, policy = partition.after, partition.policy
+    last = own[-1]
+    if remote is not None:
+        last = calibrated_probabilities(remote[None], base.temperatures[-1:])[0]
+    raw = [as_logits(own[k]) * np.float32(base.temperatures[k]) for k in range(after + 1)]
+    probabilities = calibrated_probabilities(np.stack([*raw, as_logits(last)]), policy.temperatures)
+    scores = Score(policy.score, policy.score_weights).of(probabilities)
+    point = policy.point(policy.default)
+    outcome = run_cascade(probabilities, scores, point.thresholds, point.votes)
+    answers = biased(outcome.probabilities, point.bias) if point.bias else outcome.probabilities
+    correct = answers.argmax(-1) == labels
+    size = min(partition.sent_bytes, partition.packed_bytes)
+    sent = float((outcome.exit > after).mean())
+    device = 0.0
+    for exit in range(after + 1):
+        here = float((np.minimum(outcome.exit, after) == exit).mean())
+        device += here * measured[f"test/{prefix}exit_{exit}/latency_ms_mean"]
+    values = {
+        "accuracy": float(correct.mean()),
+        "degradation": float((reference & ~correct).mean()),
+        "sent_share": sent,
+        "bytes_per_image": sent * size,
+        "server_accuracy": float((last.argmax(-1) == labels).mean()),
+    }
+    for rate in _RATES:
+        link = 2 * _DELAY_MS + 8 * size / rate / 1e3
+        values[f"latency_ms_at_{rate:g}_mbit"] = device + sent * link
+    return values
 
 
 def inspected(

@@ -273,6 +273,20 @@ class Proportions:
         _use(sum(self.of_all or ()) < 1 + 1e-9, "shares of all images that sum to at most 1")
 
 
+CodecName = Annotated[str, Field(pattern=r"^(f32|f16|q8|q6|q4|q2)(_r[1-9][0-9]?)?$")]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class PartitionSettings:
+    """After which exit features may go to a server, and through which codecs."""
+
+    after: Annotated[Whole, Field(ge=0, le=1000)]
+    codecs: Annotated[tuple[CodecName, ...], Field(min_length=1), _ONCE]
+
+    def __str__(self) -> str:
+        return str(self.after)
+
+
 @dataclass(frozen=True, config=_CONFIG)
 class Calibrate:
     """What turns logits into answers and scores, the operating points, and what is required."""
@@ -284,6 +298,7 @@ class Calibrate:
     votes: Literal["fitted"] | tuple[Share, ...]
     delta: Part
     requirements: Annotated[tuple[Requirement, ...], _ONCE]
+    partitions: Annotated[tuple[PartitionSettings, ...], _ONCE]
 
     def classes_of(self, kind: str) -> tuple[str, ...]:
         """The classes that requirements of a kind are about, each once."""

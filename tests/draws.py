@@ -21,6 +21,7 @@ def settings(**changes: object) -> Calibrate:
         "votes": "fitted",
         "delta": 0.1,
         "requirements": (),
+        "partitions": (),
     }
     return Calibrate(**{**values, **changes})
 

@@ -11,6 +11,7 @@ import onnxruntime
 
 from edgeke.device.decode import BITS, FIT, FITS
 from edgeke.device.manifest import MANIFEST, Block, parse_blocks, read_manifest
+from edgeke.device.partitions import Partition, parse_partitions
 from edgeke.device.policy import Policy, SchemaError, parse_policy
 from edgeke.device.profile import leads_out
 from edgeke.errors import InputError
@@ -36,8 +37,8 @@ class Metadata:
     """The one file's metadata: policy, class names, image shape `(H, W, C)`, and more.
 
     `bits`: significant bits of 16-bit pictures. `segments_sha256`: see `segments_hash`; None in
-    files of older versions, where `blocks` are empty. `fit`: see `decode.fit_picture`.
-    `policy_sha256`: of the policy's text.
+    files of older versions, where `blocks` and `partitions` are empty. `fit`: see
+    `decode.fit_picture`. `policy_sha256`: of the policy's text.
     """
 
     policy: Policy
@@ -48,6 +49,7 @@ class Metadata:
     blocks: tuple[Block, ...]
     fit: str = FIT
     policy_sha256: str = ""
+    partitions: tuple[Partition, ...] = ()
 
 
 def find_bundle(path: Path, precision: str | None = None) -> Bundle:
@@ -106,6 +108,7 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
         bits = json.loads(metadata.get("bits", str(BITS)))
         fit = json.loads(metadata.get("fit", json.dumps(FIT)))
         blocks = parse_blocks(json.loads(metadata.get("blocks", "[]")))
+        partitions = parse_partitions(metadata.get("partitions", "[]"), policy)
         fits = bits in range(8, 17) and fit in FITS
         expected = {
             "image": [1, height, width, channels],
@@ -126,7 +129,7 @@ def read_metadata(session: onnxruntime.InferenceSession, name: str) -> Metadata:
     shape = (height, width, channels)
     segments, text = metadata.get("segments_sha256"), metadata["policy"].encode()
     sha256 = hashlib.sha256(text).hexdigest()
-    return Metadata(policy, classes, shape, bits, segments, blocks, fit, sha256)
+    return Metadata(policy, classes, shape, bits, segments, blocks, fit, sha256, partitions)
 
 
 def describe_pixels(shape: tuple[int, int, int], fit: str = "crop") -> dict[str, Any]:

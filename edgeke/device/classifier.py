@@ -21,6 +21,7 @@ from edgeke.device.blocks import BlockProfile, profile_blocks
 from edgeke.device.bundle import find_bundle, read_metadata, read_segments
 from edgeke.device.choice import Request, UnmetError, choose
 from edgeke.device.images import ORDERS, check_image, check_images
+from edgeke.device.partitions import Partition
 from edgeke.device.policy import OperatingPoint, force_exit
 from edgeke.device.profile import (
     Profile,
@@ -29,6 +30,7 @@ from edgeke.device.profile import (
     read_profile,
     write_profile,
 )
+from edgeke.device.remote_rest import RemoteRest
 from edgeke.device.segments import Segments
 from edgeke.device.session import open_session
 from edgeke.device.shift import Monitor, Shift
@@ -55,6 +57,9 @@ class Prediction:
     `promised` is false after an alarm of `Classifier.shift`: the point's promises are void then.
     Under `max_sure_error`, what no exit is sure of is `unsure`: its `label` is -1, `class_name` is
     "unsure", and `probabilities` are the vote's, as a hint.
+    With a server: `place` is `device` or `server`, `sent_bytes` what was sent for this image, and
+    `promise_void` says that neither server nor device finished in time, so that an earlier exit
+    answered than the point's promises are about.
     """
 
     label: int
@@ -64,6 +69,9 @@ class Prediction:
     latency_ms: float
     point: OperatingPoint | None
     promised: bool = True
+    place: str = "device"
+    sent_bytes: int = 0
+    promise_void: bool = False
 
     @property
     def unsure(self) -> bool:
@@ -104,12 +112,18 @@ class Classifier:
         threads: int = 1,
         order: str = "rgb",
         shift_state: str | Path | None = None,
+        server: str | None = None,
+        token: str | None = None,
+        patience_ms: float = 1000.0,
     ) -> None:
         """Open a bundle folder, or the single `.onnx` file, on `threads` threads (0: all cores).
 
         In a folder int8 is preferred where present; `precision` (`int8`, `fp32`) decides. The
         longest path is run once, so that the first image takes no longer than others.
         `shift_state` is a file in which `shift` outlives this process: one process a file.
+        With `server`, such as "http://host:8000", what the device is not sure of may be finished
+        there (docs/partition.md): `token` is sent with every request, and a request without a
+        deadline waits for the server for `patience_ms` at most.
         Errors: InputError when a file is missing, damaged or no model of EdgeKE.
         """
         if type(threads) is not int or not 0 <= threads <= 1024:
@@ -138,6 +152,9 @@ class Classifier:
         self._measured = read_profile(self._profile_path, self._conditions, len(macs))
         # Choosing takes as long as answering a small image; requests repeat.
         self._plans: dict[tuple[Request, Profile | None], _Plan] = {}
+        self._points: dict[str, _Plan] = {}
+        self._remote = (server, token, patience_ms)
+        self._rest: RemoteRest | None = None
         self._outputs = ["probabilities", "exit"]
         self._monitor: Monitor | None = None
         self._warm_up(self._session)
@@ -148,6 +165,10 @@ class Classifier:
             weakref.finalize(self, self._monitor.save)
         if shift_state is not None:
             self.keep_shift(Path(shift_state))
+        if server is not None:
+            if self._measured is None:
+                self.profile(_ROUNDS, _FIRST_SECONDS)
+            self._rest = RemoteRest(self, server, token, patience_ms)
         _classifiers.add(self)
 
     def __enter__(self) -> Self:
@@ -159,12 +180,14 @@ class Classifier:
     def __reduce__(self) -> tuple[Any, ...]:
         """What a worker process is sent: where the files are, and how they were opened."""
         precision = self.bundle.precision
-        return type(self), (self._path, precision, self.threads, self.order)
+        return type(self), (self._path, precision, self.threads, self.order, *self._remote)
 
     def close(self) -> None:
         """Free the model's memory now, and save `shift`. Every later answer is an InputError."""
         if self._monitor is not None:
             self._monitor.save()
+        if self._rest is not None:
+            self._rest.link.close()
         with self._opening:
             self._closed, self._session, self._segments = True, None, None
 
@@ -172,6 +195,16 @@ class Classifier:
     def lists_blocks(self) -> bool:
         """Whether the model can be profiled block by block: those of older versions cannot."""
         return bool(self._metadata.blocks)
+
+    @property
+    def segments_sha256(self) -> str | None:
+        """Which segments the model was composed of; None in files of older versions."""
+        return self._metadata.segments_sha256
+
+    @property
+    def partitions(self) -> tuple[Partition, ...]:
+        """After which exits, and how, an image may go on to a server (docs/partition.md)."""
+        return self._metadata.partitions
 
     @property
     def shift(self) -> Shift | None:
@@ -274,6 +307,13 @@ class Classifier:
         """
         started = time.perf_counter()
         pixels = check_image(image, self.image_shape, order=self.order)
+        if self._rest is not None:
+            self._check_open()
+            request = Request(
+                mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta,
+                max_miss, min_recall, max_sure_error,
+            )  # fmt: skip
+            return self._split(self._rest, pixels, request, started)
         plan = self._plan(
             mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta,
             max_miss, min_recall, max_sure_error,
@@ -302,6 +342,16 @@ class Classifier:
         """
         started = time.perf_counter()
         pixels = check_images(images, self.image_shape, self.order)
+        if self._rest is not None:
+            requirements = (
+                mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta,
+                max_miss, min_recall, max_sure_error,
+            )  # fmt: skip
+            request = Request(*requirements)
+            return [
+                self._split(self._rest, np.ascontiguousarray(image), request, time.perf_counter())
+                for image in pixels
+            ]
         plan = self._plan(
             mean_latency_ms, deadline_ms, min_accuracy, max_degradation, delta,
             max_miss, min_recall, max_sure_error,
@@ -394,6 +444,30 @@ class Classifier:
                     self._segments = segments
         return self._segments
 
+    def run_at(
+        self, image: NDArray[np.uint8], point: OperatingPoint
+    ) -> tuple[NDArray[np.float32], int]:
+        """Probabilities `[K]` and exit of one checked image, here, at a point of the policy."""
+        plan = self._points.get(point.name)
+        if plan is None:
+            plan = self._points[point.name] = self._arrays(point)
+        return self._run(image, plan)
+
+    def _split(
+        self, rest: RemoteRest, image: NDArray[np.uint8], request: Request, started: float
+    ) -> Prediction:
+        """An answer with the server's help."""
+        passed = time.perf_counter() - started
+        answer = rest.answer(image, request, time.monotonic() - passed)
+        seconds = time.perf_counter() - started
+        prediction = self._prediction(answer.probabilities, answer.exit, seconds, answer.point)
+        return replace(
+            prediction,
+            place=answer.place,
+            sent_bytes=answer.sent_bytes,
+            promise_void=answer.void,
+        )
+
     def _run(
         self, image: NDArray[np.uint8], plan: _Plan, weighed: bool = True
     ) -> tuple[NDArray[np.float32], int]:
@@ -444,6 +518,8 @@ class Classifier:
         self._opening, self._profiling = threading.Lock(), threading.Lock()
         if self._monitor is not None:
             self._monitor.after_fork()
+        if self._rest is not None:
+            self._rest.link.after_fork()
 
     def _prediction(
         self,

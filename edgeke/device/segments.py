@@ -88,7 +88,7 @@ class Segments:
 
         Exit 0 takes images uint8 `[N, H, W, C]`; after the last there are no features.
         """
-        logits, features = self._run(exit, features)
+        logits, features = self.logits(exit, features)
         return calibrated_probabilities(logits[None], self._temperatures[exit])[0], features
 
     def stream(self, image: NDArray[np.uint8]) -> Iterator[Floats]:
@@ -98,7 +98,7 @@ class Segments:
         """
         features: NDArray[Any] = image[None]
         for exit, temperature in enumerate(self._temperatures[:, 0]):
-            logits, features = self._run(exit, features)
+            logits, features = self.logits(exit, features)
             # calibrated_probabilities for one row, in half as many calls: on small networks they
             # cost as much as a layer.
             row = logits[0] / temperature
@@ -107,7 +107,12 @@ class Segments:
             row /= np.add.reduce(row)
             yield row
 
-    def _run(self, exit: int, features: NDArray[Any]) -> tuple[Floats, NDArray[Any]]:
+    def features_shape(self, exit: int) -> tuple[int, int, int]:
+        """What an exit, not the last, gives to the next one: `(C, H, W)`."""
+        channels, height, width = self._sessions[exit].get_outputs()[1].shape[1:]
+        return channels, height, width
+
+    def logits(self, exit: int, features: NDArray[Any]) -> tuple[Floats, NDArray[Any]]:
         """An exit's logits `[N, K]`, and the features for the next one (none after the last)."""
         logits, *rest = self._sessions[exit].run(
             self._outputs[exit], {self._inputs[exit]: features}

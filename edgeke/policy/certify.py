@@ -19,11 +19,19 @@ from edgeke.params import Calibrate, Requirement
 from edgeke.policy.candidates import Candidate, FixedSequence
 from edgeke.policy.families import Family, pairs_so_far
 from edgeke.policy.fit import FittedPolicy
-from edgeke.policy.samples import ExitLogits, Samples
+from edgeke.policy.samples import EitherSamples, ExitLogits, Samples
 
 
-def certify(fitted: FittedPolicy, calibration: ExitLogits, settings: Calibrate) -> Policy:
+def certify(
+    fitted: FittedPolicy,
+    calibration: ExitLogits,
+    settings: Calibrate,
+    other: ExitLogits | None = None,
+) -> Policy:
     """Count on the calibration split, this once, what the frozen candidates answer.
+
+    `other` is another answer to the same images, which may come in place of the first: each image
+    counts by the worse of the two.
 
     A requirement that cannot be met is recorded as such, with the nearest that can. The default is
     the cheapest point that keeps all quality requirements (`max_degradation`, `min_accuracy`,
@@ -32,6 +40,8 @@ def certify(fitted: FittedPolicy, calibration: ExitLogits, settings: Calibrate) 
     there.
     """
     samples = fitted.tuning.samples(calibration)
+    if other is not None:
+        samples = EitherSamples(**vars(samples), other=fitted.tuning.samples(other))
     evidence: dict[tuple[float, ...], list[Evidence]] = {}
     for sequence in fitted.sequences:
         for candidate, item in zip(sequence.candidates, _evidence(sequence, samples), strict=True):

@@ -160,6 +160,33 @@ class Samples:
         return float(np.asarray(costs, np.float64)[paid].mean())
 
 
+@dataclass(frozen=True)
+class EitherSamples(Samples):
+    """Samples that may be answered as in `other` instead: an answer is as bad as the worse one.
+
+    Both leave at the same exits; only what the last one says differs, and with it the vote.
+    """
+
+    other: Samples
+
+    def correct_at(self, thresholds: Sequence[float]) -> NDArray[np.bool_]:
+        """Which samples both answer right, `[N]`."""
+        return super().correct_at(thresholds) & self.other.correct_at(thresholds)
+
+    def labels_at(
+        self, thresholds: Sequence[float], bias: Sequence[float] = (), unsure: bool = False
+    ) -> NDArray[np.int64]:
+        """A wrong answer where there is one, -1 where one of both is unsure, else the right one."""
+        own, other = (
+            super().labels_at(thresholds, bias, unsure),
+            self.other.labels_at(thresholds, bias, unsure),
+        )
+        worse = np.where((own < 0) | (other < 0), -1, own)
+        for each in (other, own):
+            worse = np.where((each >= 0) & (each != self.labels), each, worse)
+        return worse
+
+
 def check_costs(costs: Sequence[float], exits: int) -> None:
     """Refuse costs that are not `[E]` positive and increasing."""
     sound = len(costs) == exits and bool(np.isfinite(costs).all()) and costs[0] > 0

@@ -29,7 +29,7 @@ from edgeke.device.choice import UnmetError
 from edgeke.device.classifier import Classifier
 from edgeke.device.decode import fit_picture, open_picture
 from edgeke.errors import InputError
-from edgeke.serving import page
+from edgeke.serving import page, partitions
 from edgeke.serving.batches import Answers, Batches, BusyError
 from edgeke.serving.keep import Keeper, no_exit_was_sure
 from edgeke.serving.metrics import Metrics
@@ -106,6 +106,7 @@ class Server:
                 Route(prefix, self._model_metadata),
                 Route(f"{prefix}/ready", self._ready),
                 Route(f"{prefix}/infer", self._infer, methods=["POST"]),
+                *partitions.routes(self, prefix),
             ]
         for route in routes:
             route.app = self._guarded(route)
@@ -179,7 +180,8 @@ class Server:
         return True
 
     @property
-    def _open_batches(self) -> Batches:
+    def open_batches(self) -> Batches:
+        """The queue. Errors: HTTPException while the model is being loaded."""
         if self.batches is None:
             raise HTTPException(503, "the model is being loaded", {"retry-after": "1"})
         return self.batches
@@ -255,7 +257,7 @@ class Server:
         )
 
     async def _model_metadata(self, _: Request) -> Response:
-        classifier = self._open_batches.classifier
+        classifier = self.open_batches.classifier
         height, width, channels = classifier.image_shape
         classes = len(classifier.classes)
         outputs = {
@@ -285,7 +287,7 @@ class Server:
         )
 
     async def _metrics(self, _: Request) -> Response:
-        batches = self._open_batches
+        batches = self.open_batches
         self.metrics.waiting.set(batches.images)
         self.metrics.backlog.set(batches.backlog)
         if (shift := batches.classifier.shift) is not None:
@@ -296,9 +298,9 @@ class Server:
 
     async def _infer(self, request: Request) -> Response:
         arrived = _arrived(request)
-        self._open_batches.check_load()
-        body = await self._body(request)
-        batches = self._open_batches  # the model may have been replaced meanwhile
+        self.open_batches.check_load()
+        body = await self.body(request)
+        batches = self.open_batches  # the model may have been replaced meanwhile
         length = request.headers.get("inference-header-content-length")
         if length is not None and not (length.isascii() and length.isdigit()):
             raise InputError(
@@ -308,7 +310,7 @@ class Server:
         most = max(1, self.settings.body_limit // max(1, math.prod(classifier.image_shape)))
         asked = parse_infer(body, int(length) if length else None, classifier.image_shape, most)
         answers = await batches.answer(asked.images, asked.requirements, arrived)
-        self._count(answers)
+        self.count(answers)
         self._keep(asked.images, answers, classifier)
         labels = np.where(answers.unsure, -1, answers.probabilities.argmax(-1))
         names = np.asarray([*classifier.classes, "unsure"], object)  # -1 is the last
@@ -323,17 +325,17 @@ class Server:
 
     async def _classify(self, request: Request) -> Response:
         arrived = _arrived(request)
-        self._open_batches.check_load()
+        self.open_batches.check_load()
         query = dict(request.query_params)
         name = query.pop("point", None)
         requirements = check_requirements(query)
-        body = await self._body(request)
-        batches = self._open_batches
+        body = await self.body(request)
+        batches = self.open_batches
         classifier = batches.classifier
         pixels = await asyncio.to_thread(_decode, body, classifier)
         answers = await batches.answer(pixels[None], requirements, arrived, name)
         if name is None:  # what the page compares with does not count as an exit taken
-            self._count(answers)
+            self.count(answers)
             self._keep(pixels[None], answers, classifier)
         return JSONResponse(_answer(answers, 0, classifier))
 
@@ -348,10 +350,10 @@ class Server:
 
     async def _page_model(self, _: Request) -> Response:
         samples = page.list_samples(self.settings.bundle)
-        return JSONResponse(page.describe(self._open_batches.classifier, samples))
+        return JSONResponse(page.describe(self.open_batches.classifier, samples))
 
     async def _page_file(self, _: Request) -> Response:
-        return FileResponse(self._open_batches.classifier.bundle.model)
+        return FileResponse(self.open_batches.classifier.bundle.model)
 
     async def _page_sample(self, request: Request) -> Response:
         for file in page.list_samples(self.settings.bundle):
@@ -359,7 +361,8 @@ class Server:
                 return FileResponse(file)
         raise HTTPException(404, "there is no such sample")
 
-    def _count(self, answers: Answers) -> None:
+    def count(self, answers: Answers) -> None:
+        """Count a request that was answered, and say when promises are void."""
         if self._alarm and answers.holds:
             self._alarm = False  # a model of another policy has taken over
         elif not self._alarm and not answers.holds:
@@ -370,7 +373,7 @@ class Server:
         for exit, count in zip(*np.unique(answers.exit, return_counts=True), strict=True):
             self.metrics.exits.labels(str(exit)).inc(int(count))
 
-    async def _body(self, request: Request) -> bytes:
+    async def body(self, request: Request) -> bytes:
         """The body, unpacked; refused when it is too large or comes too slowly."""
         limit = self.settings.body_limit
         sentence = f"the body is larger than {limit} bytes"

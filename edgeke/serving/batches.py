@@ -187,19 +187,36 @@ class Batches:
         """
         if not len(images):
             raise InputError("there are no images to answer")
-        if self._closing:
-            raise BusyError("the model is being replaced; ask again", 1.0)
         if name is None:
             point, promised = self._admit(len(images), requirements, arrived)
         else:
             point, promised = self._at(name, requirements)
-        count, classes = len(images), len(self.classifier.classes)
+        seconds = requirements.get("deadline_ms", math.inf) / 1e3
+        return await self.enqueue(images, point, promised, arrived, seconds, weighed=name is None)
+
+    async def enqueue(
+        self,
+        features: NDArray[Any],
+        point: OperatingPoint,
+        promised: Mapping[str, float],
+        arrived: float,
+        seconds: float,
+        segment: int = 0,
+        weighed: bool = True,
+    ) -> Answers:
+        """Answer at a point what waits for a segment: images for 0, features `[N, ...]` for others.
+
+        `seconds` from `arrived` on are the deadline; `weighed`: towards shift. Errors: what the
+        segments raise; BusyError while the model is being replaced.
+        """
+        if self._closing:
+            raise BusyError("the model is being replaced; ask again", 1.0)
         reached = np.asarray(point.reached, float)
         after = np.cumsum((self._shared * reached)[::-1])[::-1]
-        deadline = arrived + requirements.get("deadline_ms", math.inf) / 1e3
+        count, classes = len(features), len(self.classifier.classes)
         job = _Job(
             arrived,
-            deadline,
+            arrived + seconds,
             point,
             promised,
             after / np.maximum(reached, 1.0),
@@ -207,13 +224,18 @@ class Batches:
             np.empty((count, classes), np.float32),
             count,
             asyncio.get_running_loop().create_future(),
-            name is None,
+            weighed,
         )
-        nothing = np.empty((0, count, classes), np.float32)
-        self._waiting[0].append(_Part(job, np.arange(count), images, nothing))
-        self._backlog += count * job.left[0]
+        # Of exits that were passed elsewhere nothing is known.
+        earlier = np.zeros((segment, count, classes), np.float32)
+        self._waiting[segment].append(_Part(job, np.arange(count), features, earlier))
+        self._backlog += count * job.left[segment]
         self._wake.set()
         return await job.done
+
+    def features_shape(self, exit: int) -> tuple[int, int, int]:
+        """What an exit gives to the next one, `(C, H, W)`."""
+        return self._segments.features_shape(exit)
 
     def _admit(
         self, count: int, requirements: Mapping[str, Any], arrived: float

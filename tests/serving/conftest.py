@@ -15,12 +15,18 @@ import numpy as np
 import pytest
 import torch
 from bundles import build
+from draws import settings
 from servers import answers, free_port
 from toys import ROOT, SIZE, randomise
 
+from edgeke.calibrate import certify_partitions, compose
 from edgeke.data.dataset import channels_last
+from edgeke.device.classifier import Classifier
+from edgeke.device.manifest import read_manifest
+from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, list_blocks
 from edgeke.networks.branchynet import BranchyNet
+from edgeke.policy.samples import ExitLogits
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +93,35 @@ def server(toy, tmp_path_factory) -> Iterator[SimpleNamespace]:
 def start() -> Callable[..., contextlib.AbstractContextManager[SimpleNamespace]]:
     """`serving`, for servers of another bundle or scope."""
     return serving
+
+
+@pytest.fixture(scope="session")
+def divided(toy, dataset, tmp_path_factory) -> Path:
+    """The toy bundle with partitions; its point `full` sends every image."""
+    folder = tmp_path_factory.mktemp("divided") / "bundle"
+    shutil.copytree(toy, folder)
+    place = folder / "segments" / "fp32"
+    manifest = read_manifest(place)
+    files = [place / name for name in manifest.segments]
+    chosen = settings(
+        partitions=({"after": 0, "codecs": ["q4", "f32"]}, {"after": 1, "codecs": ["q8"]})
+    )
+    names = ("validation", "calibration")
+    images = {name: channels_last(dataset[name].images) for name in names}
+    answers = {
+        name: ExitLogits(segment_logits(files, images[name], 1), dataset[name].labels)
+        for name in names
+    }
+    policy = Classifier(toy).policy
+    partitions = certify_partitions(files, images, answers, policy, chosen, manifest)
+    assert [each.name for each in partitions] == ["after_0_q4", "after_0_f32", "after_1_q8", "raw"]
+    (folder / "edgeke.onnx").write_bytes(compose(files, policy, manifest, partitions))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tail_server(divided, tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """One server of that bundle for tests that break links, not servers."""
+    copy = shutil.copytree(divided, tmp_path_factory.mktemp("tail") / "bundle")
+    with serving(Path(copy)) as running:
+        yield running

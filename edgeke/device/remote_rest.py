@@ -1,0 +1,299 @@
+"""The rest of an image's way on a server: the choice per request, and the way back."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeke.device.choice import Request, UnmetError, choose
+from edgeke.device.codec import RAW, Codec, encode, encode_picture, parse_codec
+from edgeke.device.link import Link, LinkError, Reply
+from edgeke.device.partitions import Partition, as_logits
+from edgeke.device.policy import OperatingPoint, Policy
+from edgeke.device.profile import Profile
+from edgeke.device.scores import Score, biased, calibrated_probabilities, vote
+from edgeke.device.segments import Segments
+from edgeke.device.timing import time_interleaved
+from edgeke.errors import InputError
+
+if TYPE_CHECKING:
+    from edgeke.device.classifier import Classifier
+
+Floats = NDArray[np.float32]
+
+_ENCODE_SECONDS = 0.5
+_PLANS = 256
+_STEPS = 20  # of costs that count as equal: a factor of e has so many
+# The device's own rest may take so many times its 95th percentile; and of a deadline so much is
+# kept back, 2 ms at least, since a process is not always woken at once.
+_SPARE, _KEPT_BACK = 1.1, 0.05
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of an image; `exit` in 0..E (E = voted), `place` is `device` or `server`.
+
+    `void`: the answer is of another exit than the point's promises are about.
+    """
+
+    probabilities: Floats
+    exit: int
+    point: OperatingPoint
+    place: str
+    sent_bytes: int
+    void: bool
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A partition with or without zlib; seconds until a message is made, and its mean bytes."""
+
+    partition: Partition
+    codec: Codec | None
+    pack: bool
+    seconds: float
+    size: float
+
+    @property
+    def after(self) -> str:
+        return RAW if self.codec is None else str(self.partition.after)
+
+    def message(self, image: NDArray[np.uint8], features: Floats) -> bytes:
+        if self.codec is None:
+            return encode_picture(image)
+        return encode(features, self.codec, self.pack)
+
+
+class RemoteRest:
+    """Answers images on the device or on a server, whichever is expected to be better now."""
+
+    def __init__(
+        self, classifier: "Classifier", url: str, token: str | None, patience_ms: float
+    ) -> None:
+        """Errors: InputError for an address, or a model that has no partitions."""
+        partitions, sha256 = classifier.partitions, classifier.segments_sha256
+        if not partitions or sha256 is None:
+            raise InputError(
+                f"{classifier.bundle.model} has no partitions, so nothing can be sent to a server; "
+                "set calibrate.partitions and run the stage calibrate again"
+            )
+        segments = classifier.open_segments()
+        if segments is None:
+            raise InputError(
+                f"a server needs the segments, and there are none beside {classifier.bundle.model};"
+                " give the bundle folder, with segments/ in it"
+            )
+        if not 1 <= patience_ms <= 1e6:
+            raise InputError(f"patience_ms = {patience_ms!r:.40} must be 1 to 1,000,000")
+        self.link = Link(url, sha256, token)
+        self._classifier, self._patience = classifier, patience_ms / 1e3
+        self._ways = _measure_ways(partitions, segments, classifier.image_shape, self.link)
+        # The choice depends on calibration: every policy gets a share of the risk.
+        self._policies = 1 + len(partitions)
+        self._plans: dict[Any, tuple[_Way | None, OperatingPoint]] = {}
+        self._latest: tuple[Any, tuple[_Way | None, OperatingPoint]] | None = None
+        self.link.probe()
+
+    def answer(self, image: NDArray[np.uint8], request: Request, started: float) -> Answer:
+        """Answer an image uint8 `[H, W, C]`; `started` by `time.monotonic`.
+
+        Errors: UnmetError, as `choose`.
+        """
+        self.link.keep_measured()
+        measured = self._classifier.measured
+        assert measured is not None
+        way, point = self._plan(request, measured)
+        if way is None:
+            probabilities, exit = self._classifier.run_at(image, point)
+            return Answer(probabilities, exit, point, "device", 0, False)
+        return self._partly(way, point, image, request, measured, started)
+
+    def _plan(self, request: Request, measured: Profile) -> tuple[_Way | None, OperatingPoint]:
+        """The way and the point for a request now; None: all of it on the device."""
+        link, latest = self.link, self._latest
+        now = (request, measured, link.version)
+        if latest is not None and latest[0] == now:
+            return latest[1]
+        usable = [w for w in self._ways if link.seconds(w.size) < self._patience]
+        ways = usable if link.usable else []
+        costs = [self._costs(way, measured, worst=False) for way in ways]
+        worst = [self._costs(way, measured, worst=True) for way in ways]
+        steps = tuple(round(_STEPS * math.log(c[-1])) for c in (*costs, *worst))
+        key = (request, measured, len(ways), steps)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._best(request, measured, list(zip(ways, costs, worst, strict=True)))
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        self._latest = (now, plan)
+        return plan
+
+    def _best(
+        self,
+        request: Request,
+        measured: Profile,
+        ways: Sequence[tuple[_Way, Sequence[float], Sequence[float]]],
+    ) -> tuple[_Way | None, OperatingPoint]:
+        policy = self._classifier.policy
+        shared = self._shared(request)
+        options: list[tuple[_Way | None, Policy, Sequence[float], Sequence[float]]] = [
+            (None, policy, measured.median_ms, measured.p95_ms)
+        ]
+        options += [(way, way.partition.policy, costs, worst) for way, costs, worst in ways]
+        found, unmet = [], None
+        for way, own, costs, worst in options:
+            try:
+                point = choose(own, shared, costs, worst)
+            except UnmetError as error:
+                unmet = unmet or error
+            except InputError:
+                if way is None:
+                    raise  # what no model could answer; a partition may lack points for it
+            else:
+                found.append((way, point, point.expected_cost(costs)))
+        if not found:
+            assert unmet is not None
+            raise unmet
+        if shared.mean_cost is None and shared.deadline is None:
+            best = min(found, key=lambda each: each[2])
+        else:
+            best = max(found, key=lambda each: (each[1].validation_accuracy, -each[2]))
+        return best[:2]
+
+    def _shared(self, request: Request) -> Request:
+        """The request at a policy's share of the risk.
+
+        Without a requirement every policy has its default point, which keeps its promise by itself.
+        """
+        if request == Request(delta=request.delta):
+            return request
+        delta = self._classifier.policy.delta if request.delta is None else request.delta
+        return replace(request, delta=delta / self._policies)
+
+    def _costs(self, way: _Way, measured: Profile, worst: bool) -> list[float]:
+        """Milliseconds until each exit of the partition's policy has answered."""
+        device = measured.p95_ms if worst else measured.median_ms
+        known = list(device[: way.partition.after + 1])
+        link = self.link.worst_seconds(way.size) if worst else self.link.seconds(way.size)
+        before = known[-1] if known else 0.0
+        server = self.link.server_ms.get(way.after, measured.median_ms[-1])
+        return [*known, before + 1e3 * (way.seconds + link) + server]
+
+    def _partly(
+        self,
+        way: _Way,
+        point: OperatingPoint,
+        image: NDArray[np.uint8],
+        request: Request,
+        measured: Profile,
+        started: float,
+    ) -> Answer:
+        """Exits on the device first, then the server, or in its place the device."""
+        segments = self._classifier.open_segments()
+        assert segments is not None
+        policy, after = way.partition.policy, way.partition.after
+        score = Score(policy.score, policy.score_weights)
+        features: NDArray[Any] = image[None]
+        earlier = np.empty((0, 1, len(self._classifier.classes)), np.float32)
+        for exit in range(after + 1):
+            logits, features = segments.logits(exit, features)
+            if exit == 0:
+                self._weigh(logits)
+            earlier = _with(earlier, logits, policy.temperatures[exit])
+            if score.at(earlier, exit)[0] > np.float32(point.thresholds[exit]):
+                return self._answer(earlier[-1], exit, point, "device", 0, False)
+        deepest = self._deepest(request, measured, after)
+        until = self._until(request, measured, after, deepest, started)
+        sent, place, void = 0, "server", False
+        try:
+            message = way.message(image, features)
+            sent = len(message) + self.link.head_bytes(way.after)
+            reply = self._ask(way, message, until, request.deadline is not None)
+            last = reply.probabilities
+            if last.shape[1] != earlier.shape[2]:
+                raise LinkError("an answer of another number of classes")
+        except LinkError:
+            place = "device"
+            exit, last = after, earlier[-1] if len(earlier) else np.empty((0, 0), np.float32)
+            for exit in range(after + 1, deepest + 1):
+                last, features = segments.probabilities(exit, features)
+            void = deepest < len(measured.p95_ms) - 1
+            if void:
+                return self._answer(last, exit, point, place, sent, void)
+        exits = after + 2
+        every = _with(earlier, as_logits(last), policy.temperatures[-1])
+        sure = score.at(every, exits - 1)[0] > np.float32(point.thresholds[-1])
+        answer = every[-1] if sure else vote(every, point.votes)
+        last_exit = len(self._classifier.policy.macs) - 1 + (not sure)
+        return self._answer(answer, last_exit, point, place, sent, void)
+
+    def _weigh(self, logits: Floats) -> None:
+        """Count the image towards shift, by the score of the policy that has the histogram."""
+        own = self._classifier.policy
+        first = calibrated_probabilities(logits[None], own.temperatures[:1])
+        self._classifier.weigh(Score(own.score, own.score_weights).at(first, 0).tolist())
+
+    def _ask(self, way: _Way, message: bytes, until: float, deadline: bool) -> Reply:
+        if time.monotonic() >= until:
+            raise LinkError("there is no time left to ask")
+        return self.link.exchange(way.after, message, until, deadline)
+
+    def _answer(
+        self, answers: Floats, exit: int, point: OperatingPoint, place: str, sent: int, void: bool
+    ) -> Answer:
+        answers = biased(answers, point.bias) if point.bias else answers
+        return Answer(answers[0], exit, point, place, sent, void)
+
+    def _deepest(self, request: Request, measured: Profile, after: int) -> int:
+        """The exit at which the device would answer itself: the last that fits into a deadline."""
+        deadline = math.inf if request.deadline is None else request.deadline
+        fitting = [exit for exit, cost in enumerate(measured.p95_ms) if cost <= deadline]
+        return max(after, 0, *fitting)
+
+    def _until(
+        self, request: Request, measured: Profile, after: int, deepest: int, started: float
+    ) -> float:
+        """How long to wait for the server: until only the device's own rest meets the deadline."""
+        patience = time.monotonic() + self._patience
+        if request.deadline is None:
+            return patience
+        before = measured.p95_ms[after] if after >= 0 else 0.0
+        rest = (measured.p95_ms[deepest] - before) / 1e3
+        deadline = request.deadline / 1e3
+        return min(patience, started + deadline - _SPARE * rest - max(2e-3, _KEPT_BACK * deadline))
+
+
+def _with(earlier: Floats, logits: Floats, temperature: float) -> Floats:
+    more = calibrated_probabilities(logits[None], (temperature,))
+    return np.concatenate([earlier, more])
+
+
+def _measure_ways(
+    partitions: Sequence[Partition], segments: Segments, shape: tuple[int, int, int], link: Link
+) -> list[_Way]:
+    """The ways of all partitions, each timed on noise."""
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    features: dict[int, NDArray[Any]] = {-1: image[None]}
+    for exit in range(max(partition.after for partition in partitions) + 1):
+        features[exit] = segments.logits(exit, features[exit - 1])[1]
+    ways = []
+    for each in partitions:
+        codec = None if each.codec == RAW else parse_codec(each.codec)
+        head = link.head_bytes(RAW if codec is None else str(each.after))
+        ways.append(_Way(each, codec, False, 0.0, head + each.sent_bytes))
+        if codec is not None:
+            ways.append(_Way(each, codec, True, 0.0, head + each.packed_bytes))
+    calls = {
+        str(n): partial(way.message, image, features[way.partition.after])
+        for n, way in enumerate(ways)
+    }
+    times = time_interleaved(calls, 50, _ENCODE_SECONDS)
+    return [
+        replace(way, seconds=float(np.median(times[str(n)])) / 1e3) for n, way in enumerate(ways)
+    ]
