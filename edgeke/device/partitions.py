@@ -68,6 +68,8 @@ def raw_partition(policy: Policy, sent_bytes: float) -> Partition:
         points=(point,),
         requirements=(),
         default=point.name,
+        reference_exit=-1,
+        histogram=(),
     )
     return Partition(-1, RAW, sent_bytes, sent_bytes, only)
 
