@@ -66,8 +66,8 @@ def test_a_batch_answers_as_one_by_one(bundles, images, name):
 def test_only_unsure_images_go_on(classifier, images, monkeypatch):
     """The batch costs what its images need: segment e sees as many as reach exit e."""
     segments, seen = classifier.open_segments(), []
-    run = segments._run
-    monkeypatch.setattr(segments, "_run", lambda e, x: seen.append((e, len(x))) or run(e, x))
+    run = segments.logits
+    monkeypatch.setattr(segments, "logits", lambda e, x: seen.append((e, len(x))) or run(e, x))
     point = classifier.policy.point("proportions")
     found = segments.answer(images, point.thresholds, point.votes)
     reached = [(e, int((found.exit >= e).sum())) for e in range(3)]
@@ -113,8 +113,8 @@ def test_a_stream_gives_every_exits_answer(classifier, images):
 
 def test_a_stream_runs_no_further_than_it_is_read(classifier, images, monkeypatch):
     segments, ran = classifier.open_segments(), []
-    run = segments._run
-    monkeypatch.setattr(segments, "_run", lambda e, x: ran.append(e) or run(e, x))
+    run = segments.logits
+    monkeypatch.setattr(segments, "logits", lambda e, x: ran.append(e) or run(e, x))
     stream = classifier.stream(images[0])
     assert ran == []
     next(stream)
