@@ -39,7 +39,9 @@ SCRATCH = {"model.pretrained": False}
 RECIPES: dict[str, dict[str, Any]] = {
     "mobilenet_v3_large": SCRATCH,
     "efficientnet_b0": SCRATCH,
-    "timm_generic": {
+    "timm_generic": {  # its rate is not a number: that of efficientnet_b0
+        "model.optimizer.init_args.lr": 0.0049,
+        "model.optimizer.init_args.weight_decay": 1e-4,
         "model.model_name": "tf_efficientnet_lite0",
         "model.pretrained_weights": str(WEIGHTS),
     },
