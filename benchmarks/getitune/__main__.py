@@ -203,11 +203,11 @@ def main() -> None:
             f"| {row['least_recall']:.1%} | {row['ms_mean']:.2f} | {row['megabytes']:.1f} "
             f"| {row['minutes']:.1f} | {row['typed']} |"
         )
-    load = os.getloadavg()[0]
-    settings = {k: getattr(options, k) for k in ("epochs", "size", "precision")} | {"load": load}
+    settings = {"size": options.size, "precision": options.precision, "load": os.getloadavg()[0]}
+    rows = {name: row | settings for name, row in rows.items()}
     known = read_json(SUMMARY) if SUMMARY.exists() else {}
     profile = params.load(first / "params.yaml").profile_name
-    write_json(SUMMARY, known | {profile: {"settings": settings, "rows": rows}})
+    write_json(SUMMARY, known | {profile: known.get(profile, {}) | rows})  # what was not run stays
     print(json.dumps({name: row["accuracy"] for name, row in rows.items()}))
 
 
