@@ -47,6 +47,7 @@ _SETTINGS = Calibrate(
     votes="fitted",
     delta=0.1,
     requirements=(),
+    partitions=(),
 )
 
 

@@ -180,7 +180,7 @@ class Classifier:
     def __reduce__(self) -> tuple[Any, ...]:
         """What a worker process is sent: where the files are, and how they were opened."""
         precision = self.bundle.precision
-        return type(self), (self._path, precision, self.threads, self.order, *self._remote)
+        return type(self), (self._path, precision, self.threads, self.order, None, *self._remote)
 
     def close(self) -> None:
         """Free the model's memory now, and save `shift`. Every later answer is an InputError."""

@@ -53,7 +53,7 @@ def degraded(policy, point, own, last):
     )
     scores = Score(policy.score, policy.score_weights).of(probabilities)
     outcome = run_cascade(probabilities, scores, point.thresholds, point.votes)
-    return own.full_correct & (outcome.probabilities.argmax(-1) != own.labels)
+    return own.correct_at(-1) & (outcome.probabilities.argmax(-1) != own.labels)
 
 
 def test_a_point_counts_the_worse_of_server_and_device(certified):
