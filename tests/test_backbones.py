@@ -39,6 +39,7 @@ def content(profile: str, **changes: object) -> dict:
     content["profile"] = profile
     content["evaluate"] |= {"latency_images": 5}
     content["export"] |= {"parity_images": 20, "quantisation_images": 20, "int8_tolerance": 0.3}
+    content["export"]["exits"] = "all"
     chosen = content["profiles"][profile]
     for name in ("teacher", "student"):
         chosen[name] = {**chosen[name], **changes}
