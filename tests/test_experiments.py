@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from pipelines import ENVIRONMENT, children, client, metrics, parents, ran, run
+from pipelines import ENVIRONMENT, children, client, parents, ran, run
 
 pytestmark = [
     pytest.mark.xdist_group("pipeline"),
@@ -106,9 +106,12 @@ def test_beside_the_workspace(clone: Path):
 
 
 def test_a_run_killed_half_way_is_marked_and_the_next_goes_on(clone: Path):
-    """kill -9 for all of it, as a power cut would; tiny's epochs are lengthened to hit one."""
+    """kill -9 for all of it, as a power cut would; tiny's epochs are lengthened to hit one.
+
+    With `--temp` each run is in a folder of its own, which is gone with it; checkpoints are not.
+    """
     epochs = "profiles.tiny.recipes.distill.epochs=60"
-    command = ["dvc", "exp", "run", "-S", epochs, "-S", "kd.beta=0.7", "distill"]
+    command = ["dvc", "exp", "run", "--temp", "-S", epochs, "-S", "kd.beta=0.7", "distill"]
     with subprocess.Popen(
         [*command, "--name", "cut"],
         cwd=clone, env=ENVIRONMENT, stdin=subprocess.DEVNULL,
@@ -137,9 +140,6 @@ def test_a_run_killed_half_way_is_marked_and_the_next_goes_on(clone: Path):
     assert sorted({epoch for epoch, _ in ours}) == list(range(1, 61))
     saved = done - done % 5
     assert ours[:saved] == before[:saved]
-    assert metrics(clone, "distill")["validation/branch_0/accuracy"] > 0
-    run(clone, "git", "checkout", "--quiet", "--force", "HEAD")
-    run(clone, "dvc", "checkout", "--force")
 
 
 def curve(root: Path, child: str) -> list[tuple[int, float]]:
