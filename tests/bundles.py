@@ -33,7 +33,8 @@ def build(
     for model, file in zip(segments, files, strict=True):
         onnx.save(model, file)
     names = tuple(file.name for file in files)
-    manifest = Manifest(names, MACS, MAIN, CLASSES, (SIZE, SIZE, 1), blocks=blocks)
+    channels = dataset["test"].images.shape[1]
+    manifest = Manifest(names, MACS, MAIN, CLASSES, (SIZE, SIZE, channels), blocks=blocks)
     (place / MANIFEST).write_text(manifest.to_json())
     validation, calibration = (
         ExitLogits(

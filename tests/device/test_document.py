@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import sys
 import types
 from pathlib import Path
@@ -10,15 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundles import build
 from frames import as_nv12, as_yuyv
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from toys import ROOT
+from toys import CLASSES, ROOT, SIZE, randomise, replace
 
 from edgeke.device import cli
 from edgeke.device.classifier import Classifier
 from edgeke.device.decode import read_image
 from edgeke.device.profile import Profile
+from edgeke.graph.segments import export_segments
+from edgeke.networks.architecture import Backbone
+from edgeke.networks.branchynet import BranchyNet
+from edgeke.networks.layouts import with_layout
 
 DOCUMENT = (ROOT / "docs" / "device.md").read_text()
 
@@ -51,10 +55,17 @@ def test_the_python_runs(here, monkeypatch, capsys):
     assert "from exit" in out
 
 
-def test_the_recipes_for_cameras_give_the_pipelines_pixels(tmp_path, monkeypatch, capsys):
+def test_the_recipes_for_cameras_give_the_pipelines_pixels(dataset, tmp_path, monkeypatch, capsys):
     """On a colour model; what a camera gives is the same photograph."""
-    (tmp_path / "models").mkdir()
-    shutil.copy(ROOT / "models" / "pretrained" / "edgeke.int8.onnx", tmp_path / "models")
+    splits = {
+        name: replace(split, images=split.images.repeat(3, axis=1))
+        for name, split in dataset.splits.items()
+    }
+    coloured = replace(dataset, splits=splits)
+    architecture = with_layout("edgeke", Backbone("resnet10", 3, len(CLASSES), SIZE, 4))
+    network = randomise(BranchyNet(architecture))
+    segments = export_segments(network, dataset.mean * 3, dataset.std * 3, SIZE)
+    build(tmp_path / "models", segments, "margin", "", coloured)
     monkeypatch.chdir(tmp_path)
     photo = Image.fromarray(load_sample_image("china.jpg")).resize((1280, 720))
     photo.save("photo.png")

@@ -189,9 +189,12 @@ def test_requests_that_are_no_http_leave_the_server_alive(server, images):
         b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: many\r\n\r\n",
     ):
         with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(raw)
-            client.shutdown(socket.SHUT_WR)
-            answer = client.recv(65536)
+            try:
+                client.sendall(raw)
+                client.shutdown(socket.SHUT_WR)
+                answer = client.recv(65536)
+            except OSError:  # it has hung up already
+                answer = b""
             assert answer == b"" or b" 4" in answer.split(b"\r\n")[0], answer
     status, answer = post(server, "/nowhere", b"")
     assert (status, "/classify" in answer["error"]) == (404, True)
