@@ -140,6 +140,7 @@ def test_a_run_killed_half_way_is_marked_and_the_next_goes_on(clone: Path):
     assert sorted({epoch for epoch, _ in ours}) == list(range(1, 61))
     saved = done - done % 5
     assert ours[:saved] == before[:saved]
+    assert resumed.data.metrics["validation/branch_0/accuracy"] > 0
 
 
 def curve(root: Path, child: str) -> list[tuple[int, float]]:
