@@ -5,7 +5,8 @@ folder, and then, interleaved on one thread over all test images: operating poin
 plain network in int8 and fp32, and every exit alone in int8 (a truncated network). A point is the
 cheapest whose accuracy on calibration is at most 0, 1 or 3.6 points below the plain int8
 network's, or (`best`) none below the most accurate exit alone; the truncated baseline is the
-fastest exit alone at most 0.2 points below the point, on calibration, too. `--parts` adds image
+fastest exit alone at most 0.2 points below the point (or the most accurate one, where none is), on
+calibration, too. `--parts` adds image
 sizes (`sizes`), seeds 1 and 2 (`seeds`), kinds of heads at the same cut points (`heads`), 20
 pictures a class, pretrained and from scratch (`transfer`), and four backbones on 20 classes of
 CIFAR-100 (`cifar`; `--networks` picks some): each trained from scratch, then exits on its frozen
@@ -167,9 +168,9 @@ def compare() -> dict[str, Any]:
     ms = {name: float(np.mean(values)) for name, values in times.items()}
     truncated = {}
     for name, point in points.items():
-        single = [n for n in static if n.endswith("int8")
-                  and on_calibration[n] >= 100 * point.accuracy - 0.2]  # fmt: skip
-        truncated[name] = min(single or ["plain.int8"], key=ms.__getitem__)
+        enough_alone = min(100 * point.accuracy - 0.2, least["best"])
+        single = [n for n in static if n.endswith("int8") and on_calibration[n] >= enough_alone]
+        truncated[name] = min(single, key=ms.__getitem__)
     percent = {name: 100 * float(answers.mean()) for name, answers in right.items()}
     return {
         "accuracy_full": percent["plain.int8"],
