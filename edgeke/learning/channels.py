@@ -90,11 +90,11 @@ def _prune(pruning: Any, network: nn.Module, images: Tensor, classifier: str, ma
         if count_module(network, images)[1] <= macs:
             return
         pruner.step()
-    raise RuntimeError("too few of its channels can be removed for this share of its MACs")
+    raise RuntimeError("too few of its channels can be removed: raise student.prune.macs")
 
 
 def _refusal(backbone: Backbone, reason: str) -> str:
     return (
         f"student.prune: {backbone.network} cannot be pruned ({reason}); set student.prune to null,"
-        " raise its macs, or use another network"
+        " or use another network"
     )
