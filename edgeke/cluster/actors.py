@@ -1,16 +1,21 @@
 """Ray: the nodes of a cluster, and one actor on each device.
 
-A device is a node with a custom resource `edgeke:<name>`; nothing else runs there.
+A device is a node with a custom resource `edgeke:<name>`; nothing else runs there. A call does all
+phases until an exit; meanwhile devices send each other rows, without the leader in between.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import importlib
 import os
 import platform
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +23,27 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgeke.cluster import worker as worker_module
-from edgeke.cluster.worker import Content, Program, Programs, Worker, run_together
+from edgeke.cluster.worker import (
+    ORIGIN,
+    Array,
+    Content,
+    Phase,
+    Program,
+    Programs,
+    Worker,
+    run_together,
+)
 from edgeke.errors import InputError
 
 PREFIX = "edgeke:"
 _STARTS_WITHIN = 60.0  # seconds for a device's process to start
 _STORE_BYTES = 2**30
+MAIL = "mail"  # the concurrency group of what is done beside a device's work
+_MAIL_SECONDS = 60.0
+_MOST_CLOSED = 10_000
+_VOLLEY = -1  # in place of an image's number
+
+Key = tuple[int, int, int]  # phase, source, target
 
 
 def load_ray() -> ModuleType:
@@ -83,7 +103,7 @@ def device_names() -> list[str]:
 
 def versions() -> dict[str, str]:
     """What must be the same on all devices, so that they compute the same."""
-    source = Path(worker_module.__file__).read_bytes()
+    source = Path(worker_module.__file__).read_bytes() + Path(__file__).read_bytes()
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "onnxruntime": onnxruntime.__version__,
@@ -92,12 +112,53 @@ def versions() -> dict[str, str]:
     }
 
 
+class _Mail:
+    """What other devices have sent of images, until it is taken. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._there: dict[tuple[int, Key], tuple[float, Content]] = {}
+        self._closed: dict[int, None] = {}  # images, oldest first
+
+    def put(self, image: int, key: Key, content: Content, at: float = 0.0) -> None:
+        """Keep what may be taken from the time `at` on."""
+        with self._changed:
+            if image not in self._closed:
+                self._there[image, key] = (at, content)
+                self._changed.notify_all()
+
+    def take(self, image: int, key: Key) -> Content:
+        """Wait for it. Errors: TimeoutError when the image is given up, or after a minute."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (image, key) in self._there or image in self._closed, _MAIL_SECONDS
+            )
+            if (image, key) not in self._there:
+                raise TimeoutError(f"image {image} was given up")
+            at, content = self._there.pop((image, key))
+        time.sleep(max(0.0, at - time.perf_counter()))
+        return content
+
+    def close(self, image: int) -> None:
+        """Nobody takes or sends anything of an image any more."""
+        with self._changed:
+            self._closed[image] = None
+            if len(self._closed) > _MOST_CLOSED:
+                del self._closed[next(iter(self._closed))]
+            for each in [each for each in self._there if each[0] == image]:
+                del self._there[each]
+            self._changed.notify_all()
+
+
 class DeviceActor:
-    """The process on one device."""
+    """The process on one device. `mail` is its second thread's; the first one does the rest."""
 
     def __init__(self, threads: int) -> None:
         self.worker = Worker(threads)
         self.factor, self.rate, self.latency = 0.0, 0.0, 0.0
+        self._peers: dict[int, Sequence[Any]] = {}
+        self._mail, self._link_is_free = _Mail(), 0.0
+        self._turn: Any = None
 
     def describe(self) -> dict[str, Any]:
         """Versions, bytes of free memory, process id, the host."""
@@ -108,43 +169,84 @@ class DeviceActor:
             "host": platform.node(),
         }
 
-    def load(self, plan: int, program: Program, graphs: dict[str, bytes]) -> None:
-        """See `Worker.load`."""
+    def load(
+        self, plan: int, program: Program, graphs: dict[str, bytes], peers: Sequence[Any]
+    ) -> None:
+        """See `Worker.load`. `peers` `[D + 1]`: whom messages are for, None where it is itself."""
         self.worker.load(plan, program, graphs)
+        self._peers[plan] = peers
 
     def unload(self, plan: int) -> None:
         """See `Worker.unload`."""
         self.worker.unload(plan)
+        self._peers.pop(plan, None)
 
     def graphs(self) -> set[str]:
         """Keys of the graphs that are open."""
         return self.worker.graphs
 
+    def alive(self) -> bool:
+        """Whether the process answers."""
+        return True
+
     def forget(self, image: int) -> None:
-        """See `Worker.forget`."""
+        """The image is answered, or given up: whoever waits for a message of it stops."""
+        self._mail.close(image)
         self.worker.forget(image)
 
-    def phase(self, plan: int, image: int, number: int, *contents: Content) -> Any:
-        """See `Worker.phase`: its messages, and last the seconds, as results of their own."""
-        self._arrive(contents)
-        started = time.perf_counter()
-        messages, seconds = self.worker.phase(plan, image, number, contents)
-        seconds = self._finish(seconds, started)
-        return (*messages, seconds) if messages else seconds
+    def deliver(self, image: int, key: Key, content: Content) -> None:
+        """A message from another device."""
+        self._mail.put(image, key, content, self._arrival(content))
 
-    def final(self, plan: int, image: int, exit: int, *contents: Content) -> Any:
-        """See `Worker.final`."""
-        self._arrive(contents)
-        started = time.perf_counter()
-        logits, seconds = self.worker.final(plan, image, exit, contents)
-        return logits, self._finish(seconds, started)
+    def run(
+        self,
+        plan: int,
+        image: int,
+        exit: int,
+        phases: tuple[int, int],
+        rows: Array | None,
+        whole: Array | None,
+    ) -> tuple[float, Array | None]:
+        """Do all until an exit: its phases (from, to), and on the leading device its final.
+
+        `rows`: of the image, `whole`: the image for a final, where they are needed. Returns the
+        seconds of the work, and the logits or None.
+        """
+        program, seconds, logits = self.worker.programs[plan], 0.0, None
+        pixels = [each for each in (rows, whole) if each is not None]
+        at = self._arrival({str(n): each for n, each in enumerate(pixels)}) if pixels else 0.0
+        time.sleep(max(0.0, at - time.perf_counter()))
+        for number in range(*phases):
+            phase = program.phases[number]
+            contents = self._contents(image, phase, program.device, rows)
+            with self._working() as work:
+                messages, work.seconds = self.worker.phase(plan, image, number, contents)
+            seconds += work.seconds
+            targets = [m.target for m in phase.messages if m.target != program.device]
+            for target, content in zip(targets, messages, strict=True):
+                key, peer = (number, program.device, target), self._peers[plan][target]
+                if peer is None:
+                    self._mail.put(image, key, content)
+                else:
+                    by_mail(peer.deliver).remote(image, key, content)
+        if program.finals:
+            final, count = program.finals[exit], len(self._peers[plan]) - 1
+            contents = self._contents(image, final, count, whole)
+            with self._working() as work:
+                logits, work.seconds = self.worker.final(plan, image, exit, contents)
+            seconds += work.seconds
+        return seconds, logits
 
     def emulate(self, factor: float, rate: float = 0.0, latency: float = 0.0) -> None:
         """Be a slower device from now on, to try one: phases last `factor` times the processor's
         time, messages arrive after `latency` seconds at `rate` bytes a second (0: at once).
+
+        Devices that one machine plays compute in turn, so that none slows another one down.
         """
         self.factor, self.rate, self.latency = factor, rate, latency
         self.worker.clock = time.thread_time if factor else time.perf_counter
+        if self._turn is None:
+            self._turn = (Path(tempfile.gettempdir()) / "edgeke-emulated").open("w")
 
     def measure(
         self, programs: Sequence[Programs], image: NDArray[Any], rounds: int
@@ -164,25 +266,58 @@ class DeviceActor:
                     runs[-1].append((phases * factor, [factor * one for one in finals]))
         return runs
 
-    def pass_on(self, size: int, content: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    def pass_on(self, size: int, content: Array | None) -> Array:
         """Take an array, and return one of so many bytes."""
         if content is not None:
-            self._arrive([{"content": content}])
+            time.sleep(max(0.0, self._arrival({"": content}) - time.perf_counter()))
         return np.zeros(size, np.uint8)
 
-    def _arrive(self, contents: Sequence[Content]) -> None:
-        """Wait as long as the messages would be on their way."""
-        if self.rate and contents:
-            size = sum(array.nbytes for content in contents for array in content.values())
-            time.sleep(self.latency + size / self.rate)
+    def volley(self, peer: Any, size: int, times: int, first: bool) -> float:
+        """Send an array to and fro with a peer that does the same; seconds of one way."""
+        content, started = {"": np.zeros(size, np.uint8)}, time.perf_counter()
+        for number in range(times):
+            if not first:
+                self._mail.take(_VOLLEY, (number, 0, 0))
+            by_mail(peer.deliver).remote(_VOLLEY, (number, int(not first), 0), content)
+            if first:
+                self._mail.take(_VOLLEY, (number, 1, 0))
+        return (time.perf_counter() - started) / (2 * times)
 
-    def _finish(self, seconds: float, started: float) -> float:
-        """Wait until the work would be done; returns how long it takes."""
+    def _contents(self, image: int, phase: Phase, target: int, pixels: Array | None) -> Any:
+        """The messages that a phase receives."""
+        return [
+            {"image": pixels} if source == ORIGIN else self._mail.take(image, (n, source, target))
+            for n, source in phase.receives
+        ]
+
+    def _arrival(self, content: Content) -> float:
+        """When something that was sent now is here, over an emulated link or at once."""
+        now = time.perf_counter()
+        if not self.rate:
+            return now
+        size = sum(array.nbytes for array in content.values())
+        self._link_is_free = max(self._link_is_free, now) + size / self.rate
+        return self._link_is_free + self.latency
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[SimpleNamespace]:
+        """Work whose `seconds` are set inside; an emulated device takes longer by its factor."""
+        work, started = SimpleNamespace(seconds=0.0), time.perf_counter()
         if not self.factor:
-            return seconds
-        seconds *= self.factor
-        time.sleep(max(0.0, started + seconds - time.perf_counter()))
-        return seconds
+            yield work
+            return
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        try:
+            yield work
+        finally:
+            fcntl.flock(self._turn, fcntl.LOCK_UN)
+        work.seconds *= self.factor
+        time.sleep(max(0.0, started + work.seconds - time.perf_counter()))
+
+
+def by_mail(method: Any) -> Any:
+    """A method of an actor, done beside what the actor is doing."""
+    return method.options(concurrency_group=MAIL)
 
 
 def free_memory() -> int:
@@ -204,6 +339,7 @@ def start_actor(name: str, threads: int) -> Any:
     """Start the process of a device; it is there when it answers."""
     ray = load_ray()
     options = {"num_cpus": 0, "resources": {f"{PREFIX}{name}": 1}, "max_restarts": 0}
+    options["concurrency_groups"] = {MAIL: 1}
     return ray.remote(**options)(DeviceActor).remote(threads)
 
 

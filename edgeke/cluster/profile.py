@@ -118,7 +118,6 @@ def _measure_links(actors: Sequence[Any]) -> tuple[tuple[Link, ...], ...]:
     for a, b in itertools.combinations(range(count), 2):
         links[a][b] = links[b][a] = _link(actors[a], actors[b])
     for d, actor in enumerate(actors):
-        links[d][d] = Link(_link(actor, actor).latency, 1e12)
         links[-1][d], links[d][-1] = _own_links(actor)
     return tuple(tuple(row) for row in links)
 
@@ -126,15 +125,11 @@ def _measure_links(actors: Sequence[Any]) -> tuple[tuple[Link, ...], ...]:
 def _link(one: Any, other: Any) -> Link:
     """Arrays that go to and fro; the time of one way."""
     ray = load_ray()
-    import time
 
     def hop(size: int) -> float:
-        started = time.perf_counter()
-        content = one.pass_on.remote(size, None)
-        for number in range(_HOPS):
-            content = (one if number % 2 else other).pass_on.remote(size, content)
-        ray.get((one if _HOPS % 2 else other).pass_on.remote(0, content))
-        return (time.perf_counter() - started) / (_HOPS + 1)
+        ends = [one.volley.remote(other, size, _HOPS, True)]
+        ends.append(other.volley.remote(one, size, _HOPS, False))
+        return float(ray.get(ends)[0])
 
     return _fit(hop)
 
