@@ -42,7 +42,7 @@ def test_a_network_without_the_package(main, monkeypatch):
 
 
 def test_steps_are_equal_and_end_at_the_share():
-    assert step_shares(0.5) == pytest.approx([0.5**0.25, 0.5**0.5, 0.5**0.75, 0.5])
+    assert step_shares(0.5) == pytest.approx([0.5**0.5, 0.5])
     assert step_shares(0.9) == [0.9]
 
 
@@ -103,8 +103,8 @@ def test_the_share_is_reached_in_steps_that_learn(dataset, main, plan):
     seen = []
     result = run(dataset, main, plan, on_epoch=lambda epoch, row: seen.append(epoch))
     assert macs(result.network) / macs(main) == result.metrics["cost/macs_share"] <= 0.5
-    assert result.metrics["steps"] == 4
-    assert seen == [1, 2, 3, 4], "the plan's epochs, at least one a step"
+    assert result.metrics["steps"] == 2
+    assert seen == [1, 2], "the plan's epochs, at least one a step"
     shares = [row["cost/macs_share"] for row in result.rows]
     assert shares == sorted(shares, reverse=True)
     assert result.metrics["validation/accuracy"] == result.rows[-1]["validation/accuracy"]
@@ -125,7 +125,7 @@ def test_a_killed_stage_goes_on(dataset, main, plan):
         pass
 
     def die(epoch: int, row: dict[str, float]) -> None:
-        if epoch == 4:
+        if epoch == 2:
             raise KilledError
 
     whole = run(dataset, main, plan)
@@ -133,7 +133,7 @@ def test_a_killed_stage_goes_on(dataset, main, plan):
         resume.remove()
     with pytest.raises(KilledError):
         run(dataset, main, plan, on_epoch=die)
-    assert [Path(resume.path).exists() for resume in whole.resumes] == [True, True, True, False]
+    assert [Path(resume.path).exists() for resume in whole.resumes] == [True, False]
     again = run(dataset, main, plan)
     assert again.rows == whole.rows
     one, two = whole.network.state_dict(), again.network.state_dict()

@@ -41,7 +41,7 @@ _STORE_BYTES = 2**30
 MAIL = "mail"  # the concurrency group of what is done beside a device's work
 _MAIL_SECONDS = 60.0
 _MOST_CLOSED = 10_000
-_VOLLEY = -1  # in place of an image's number
+_VOLLEY, _PAUSE = -1, 0.01  # in place of an image's number; seconds
 
 Key = tuple[int, int, int]  # phase, source, target
 
@@ -273,15 +273,19 @@ class DeviceActor:
         return np.zeros(size, np.uint8)
 
     def volley(self, peer: Any, size: int, times: int, first: bool) -> float:
-        """Send an array to and fro with a peer that does the same; seconds of one way."""
+        """Send an array to and fro with a peer that does the same; seconds of one way.
+
+        Each waits a little before it sends, as if it had worked: a process that slept is slower.
+        """
         content, started = {"": np.zeros(size, np.uint8)}, time.perf_counter()
         for number in range(times):
             if not first:
                 self._mail.take(_VOLLEY, (number, 0, 0))
+            time.sleep(_PAUSE)
             by_mail(peer.deliver).remote(_VOLLEY, (number, int(not first), 0), content)
             if first:
                 self._mail.take(_VOLLEY, (number, 1, 0))
-        return (time.perf_counter() - started) / (2 * times)
+        return (time.perf_counter() - started) / (2 * times) - _PAUSE
 
     def _contents(self, image: int, phase: Phase, target: int, pixels: Array | None) -> Any:
         """The messages that a phase receives."""

@@ -1,6 +1,7 @@
 """Measures a cluster: every group on every device, every link."""
 
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ from edgeke.cluster.worker import Programs
 from edgeke.errors import InputError
 
 # Bytes of the arrays that are sent, and how many in a row.
-_SIZES, _HOPS = (1_000, 200_000, 2_000_000), 12
-_SHARES = (0.25, 0.5)  # of the rows, for the upper of two strips
+_SIZES, _HOPS = (1_000, 200_000, 2_000_000), 4
+_SHARES = (0.12, 0.25, 0.5)  # of the rows, for the upper of two strips
 
 
 def measure_cluster(
@@ -137,7 +138,6 @@ def _link(one: Any, other: Any) -> Link:
 def _own_links(actor: Any) -> tuple[Link, Link]:
     """From this process to a device, and back."""
     ray = load_ray()
-    import time
 
     def there(size: int) -> float:
         content = np.zeros(size, np.uint8)
@@ -156,10 +156,10 @@ def _own_links(actor: Any) -> tuple[Link, Link]:
 
 
 def _fit(seconds: Any) -> Link:
-    """Latency and rate from the least of a few tries each."""
+    """Latency and rate from the median of a few tries each."""
     for size in _SIZES:
         seconds(size)
-    times = [min(seconds(size) for _ in range(3)) for size in _SIZES]
+    times = [float(np.median([seconds(size) for _ in range(5)])) for size in _SIZES]
     small, *_, large = times
     slope = max((large - small) / (_SIZES[-1] - _SIZES[0]), 1e-12)
     return Link(max(small - slope * _SIZES[0], 1e-6), 1 / slope)
