@@ -1,19 +1,28 @@
 """Ray: the nodes of a cluster, and one actor on each device.
 
 A device is a node with a custom resource `edgeke:<name>`; nothing else runs there. A call does all
-phases until an exit; meanwhile devices send each other rows, without the leader in between.
+phases until an exit; meanwhile devices send each other rows over connections of their own: a call
+of Ray takes milliseconds of a processor, which a board does not have.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib
+import json
+import math
 import os
 import platform
+import secrets
+import socket
+import struct
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -44,6 +53,7 @@ _MOST_CLOSED = 10_000
 _VOLLEY, _PAUSE = -1, 0.01  # in place of an image's number; seconds
 
 Key = tuple[int, int, int]  # phase, source, target
+Address = tuple[str, int]
 
 
 def load_ray() -> ModuleType:
@@ -112,6 +122,65 @@ def versions() -> dict[str, str]:
     }
 
 
+def pack(image: int, key: Key, content: Content) -> bytes:
+    """A message as bytes: the length of its description, this as JSON, and the arrays."""
+    described = [(name, array.dtype.str, array.shape) for name, array in content.items()]
+    head = json.dumps([image, key, described]).encode()
+    return b"".join([struct.pack("<I", len(head)), head, *(a.tobytes() for a in content.values())])
+
+
+def unpack(message: bytes) -> tuple[int, Key, Content]:
+    """What `pack` packed."""
+    (size,) = struct.unpack_from("<I", message)
+    image, key, described = json.loads(message[4 : 4 + size])
+    content, place = {}, 4 + size
+    for name, dtype, shape in described:
+        count = math.prod(shape)
+        content[name] = np.frombuffer(message, dtype, count, place).reshape(shape)
+        place += content[name].nbytes
+    return image, tuple(key), content
+
+
+class _Lines:
+    """Connections between the devices' processes, which share a key; one thread reads each."""
+
+    def __init__(self, key: bytes, deliver: Callable[[int, Key, Content], None]) -> None:
+        host = load_ray().util.get_node_ip_address()
+        self._key, self._deliver = key, deliver
+        self._listener = Listener((host, 0), authkey=key)
+        self.address: Address = self._listener.address
+        self._open: dict[Address, Any] = {}
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def send(self, to: Address, image: int, key: Key, content: Content) -> None:
+        """Errors: OSError when nobody is there any more."""
+        try:
+            if to not in self._open:
+                self._open[to] = _at_once(Client(to, authkey=self._key))
+            self._open[to].send_bytes(pack(image, key, content))
+        except (OSError, EOFError) as error:
+            self._open.pop(to, None)
+            raise ConnectionError(f"{to[0]}:{to[1]} does not take messages ({error})") from error
+
+    def _accept(self) -> None:
+        while True:
+            with contextlib.suppress(OSError, EOFError, AuthenticationError):
+                line = _at_once(self._listener.accept())
+                threading.Thread(target=self._read, args=(line,), daemon=True).start()
+
+    def _read(self, line: Any) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                self._deliver(*unpack(line.recv_bytes()))
+
+
+def _at_once(line: Any) -> Any:
+    """A connection that does not wait for more to send."""
+    with socket.socket(fileno=os.dup(line.fileno())) as same:
+        same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return line
+
+
 class _Mail:
     """What other devices have sent of images, until it is taken. Safe to share between threads."""
 
@@ -151,13 +220,14 @@ class _Mail:
 
 
 class DeviceActor:
-    """The process on one device. `mail` is its second thread's; the first one does the rest."""
+    """The process on one device. Messages arrive while it works; `key` is all devices'."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, key: bytes) -> None:
         self.worker = Worker(threads)
         self.factor, self.rate, self.latency = 0.0, 0.0, 0.0
-        self._peers: dict[int, Sequence[Any]] = {}
+        self._peers: dict[int, Sequence[Address]] = {}
         self._mail, self._link_is_free = _Mail(), 0.0
+        self._lines = _Lines(key, self._deliver)
         self._turn: Any = None
 
     def describe(self) -> dict[str, Any]:
@@ -170,9 +240,9 @@ class DeviceActor:
         }
 
     def load(
-        self, plan: int, program: Program, graphs: dict[str, bytes], peers: Sequence[Any]
+        self, plan: int, program: Program, graphs: dict[str, bytes], peers: Sequence[Address]
     ) -> None:
-        """See `Worker.load`. `peers` `[D + 1]`: whom messages are for, None where it is itself."""
+        """See `Worker.load`. `peers` `[D + 1]`: where messages for each target go."""
         self.worker.load(plan, program, graphs)
         self._peers[plan] = peers
 
@@ -185,6 +255,10 @@ class DeviceActor:
         """Keys of the graphs that are open."""
         return self.worker.graphs
 
+    def address(self) -> Address:
+        """Where it takes messages."""
+        return self._lines.address
+
     def alive(self) -> bool:
         """Whether the process answers."""
         return True
@@ -193,10 +267,6 @@ class DeviceActor:
         """The image is answered, or given up: whoever waits for a message of it stops."""
         self._mail.close(image)
         self.worker.forget(image)
-
-    def deliver(self, image: int, key: Key, content: Content) -> None:
-        """A message from another device."""
-        self._mail.put(image, key, content, self._arrival(content))
 
     def run(
         self,
@@ -225,10 +295,10 @@ class DeviceActor:
             targets = [m.target for m in phase.messages if m.target != program.device]
             for target, content in zip(targets, messages, strict=True):
                 key, peer = (number, program.device, target), self._peers[plan][target]
-                if peer is None:
+                if peer == self._lines.address:
                     self._mail.put(image, key, content)
                 else:
-                    by_mail(peer.deliver).remote(image, key, content)
+                    self._lines.send(peer, image, key, content)
         if program.finals:
             final, count = program.finals[exit], len(self._peers[plan]) - 1
             contents = self._contents(image, final, count, whole)
@@ -272,7 +342,7 @@ class DeviceActor:
             time.sleep(max(0.0, self._arrival({"": content}) - time.perf_counter()))
         return np.zeros(size, np.uint8)
 
-    def volley(self, peer: Any, size: int, times: int, first: bool) -> float:
+    def volley(self, peer: Address, size: int, times: int, first: bool) -> float:
         """Send an array to and fro with a peer that does the same; seconds of one way.
 
         Each waits a little before it sends, as if it had worked: a process that slept is slower.
@@ -282,10 +352,14 @@ class DeviceActor:
             if not first:
                 self._mail.take(_VOLLEY, (number, 0, 0))
             time.sleep(_PAUSE)
-            by_mail(peer.deliver).remote(_VOLLEY, (number, int(not first), 0), content)
+            self._lines.send(peer, _VOLLEY, (number, int(not first), 0), content)
             if first:
                 self._mail.take(_VOLLEY, (number, 1, 0))
         return (time.perf_counter() - started) / (2 * times) - _PAUSE
+
+    def _deliver(self, image: int, key: Key, content: Content) -> None:
+        """A message from another device."""
+        self._mail.put(image, key, content, self._arrival(content))
 
     def _contents(self, image: int, phase: Phase, target: int, pixels: Array | None) -> Any:
         """The messages that a phase receives."""
@@ -339,12 +413,18 @@ def free_memory() -> int:
     return min(free)
 
 
+@functools.cache
+def _key() -> bytes:
+    """What the devices of this leader show each other."""
+    return secrets.token_bytes(32)
+
+
 def start_actor(name: str, threads: int) -> Any:
     """Start the process of a device; it is there when it answers."""
     ray = load_ray()
     options = {"num_cpus": 0, "resources": {f"{PREFIX}{name}": 1}, "max_restarts": 0}
     options["concurrency_groups"] = {MAIL: 1}
-    return ray.remote(**options)(DeviceActor).remote(threads)
+    return ray.remote(**options)(DeviceActor).remote(threads, _key())
 
 
 def start_actors(names: Sequence[str], threads: int) -> dict[str, Any]:

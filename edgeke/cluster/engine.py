@@ -332,13 +332,14 @@ class Engine:
         actors = [self._actors[name] for name in plan.devices if name in self._actors]
         if len(actors) < len(plan.devices):
             raise TimeoutError("a device left while it was planned")
-        number, leader = next(self._plans), actors[programs.leader]
+        number = next(self._plans)
+        peers = ray.get([actor.address.remote() for actor in actors])
+        peers.append(peers[programs.leader])
         known = ray.get([actor.graphs.remote() for actor in actors])
         done = []
         for device, actor in enumerate(actors):
             keys = programs.keys(device) - known[device]
             graphs = {key: programs.graphs[key] for key in keys}
-            peers = [None if other is actor else other for other in [*actors, leader]]
             done.append(actor.load.remote(number, programs.programs[device], graphs, peers))
         ray.get(done)
         work = expected_work(self.network, self._current(), plan)

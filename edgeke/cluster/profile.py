@@ -126,10 +126,11 @@ def _measure_links(actors: Sequence[Any]) -> tuple[tuple[Link, ...], ...]:
 def _link(one: Any, other: Any) -> Link:
     """Arrays that go to and fro; the time of one way."""
     ray = load_ray()
+    addresses = ray.get([one.address.remote(), other.address.remote()])
 
     def hop(size: int) -> float:
-        ends = [one.volley.remote(other, size, _HOPS, True)]
-        ends.append(other.volley.remote(one, size, _HOPS, False))
+        ends = [one.volley.remote(addresses[1], size, _HOPS, True)]
+        ends.append(other.volley.remote(addresses[0], size, _HOPS, False))
         return float(ray.get(ends)[0])
 
     return _fit(hop)
