@@ -123,6 +123,21 @@ class BranchyNet:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class Prune:
+    """Down to which share of the MACs, and how much validation accuracy that may cost."""
+
+    macs: Part
+    max_loss: Annotated[Number, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Student:
+    """What is done to the trained student of any profile."""
+
+    prune: Prune | None
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class Optimisation:
     """How weights move in all three training stages."""
 
@@ -480,6 +495,7 @@ class _Shared:
     seed: Annotated[Whole, Field(ge=0, lt=2**31)]
     data: Data
     kd: KD
+    student: Student
     branchynet: BranchyNet
     optimisation: Optimisation
     training: Training
@@ -592,6 +608,18 @@ def _check_together(params: Params) -> None:
             f"kd.source = {params.kd.source}, but with order {order} the main exit is not there "
             "to supervise the others; use -S kd.source=teacher"
         )
+    if params.student.prune is not None:
+        if order not in ("asynchronous", "mixed"):
+            raise InputError(
+                f"student.prune removes channels of the distilled main branch, and order {order} "
+                "does not start from it; use -S branchynet.order=asynchronous or mixed, or set "
+                "student.prune to null"
+            )
+        if params.profile.student.trunk == "frozen":
+            raise InputError(
+                f"student.prune changes the trunk, and profiles.{params.profile_name}.student has "
+                "trunk: frozen; use trunk: finetuned, or set student.prune to null"
+            )
     side = max(sides(params.profile.data.image_size))
     if mixing.cutout >= side:
         raise InputError(

@@ -29,13 +29,19 @@ def run(params: Params, log: Run) -> dict[str, float]:
     preprocessing, cpu = Preprocessing.of(dataset), torch.device("cpu")
     recipe, kd, settings = params.profile.recipes.train_branchynet, params.kd, params.branchynet
     shared = settings.order != "independent"
-    student = student_architecture(start, settings.layout, dataset, shared=shared)
+    pruned = None
+    if params.student.prune is not None:
+        pruned, _ = load_checkpoint(Path("models/pruned/main"), cpu, preprocessing)
+    shapes = pruned.architecture.backbone.pruned if pruned else ()
+    student = student_architecture(start, settings.layout, dataset, shared=shared, pruned=shapes)
     order, exits = ORDERS[settings.order](student.depths), len(student.exits)
     plans = [params.plan(phase) for phase in recipe.phases(len(order.phases))]
     branches = {
         branch: load_checkpoint(Path(f"models/branches/{branch}"), cpu, preprocessing)[0]
         for branch in (range(exits) if start.trunk == "frozen" else {*order.starts, exits - 1})
     }
+    if pruned:
+        branches[exits - 1] = pruned
     teacher = None
     if kd.distance != "none":
         teacher = load_teacher(Path("models/teacher"), preprocessing, trained_on)

@@ -10,7 +10,8 @@ from typing import Any
 from toys import ROOT
 
 STAGES = [
-    "download", "train_teacher", "distill", "train_branchynet", "export", "calibrate", "evaluate",
+    "download", "train_teacher", "distill", "prune", "train_branchynet", "export", "calibrate",
+    "evaluate",
 ]  # fmt: skip
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))},

@@ -15,16 +15,23 @@ import torch
 from ruamel.yaml import YAML
 from toys import ROOT
 
+from edgeke.cluster.network import read_network
 from edgeke.data.sources import read_source
+from edgeke.device.classifier import Classifier
 from edgeke.errors import InputError
 from edgeke.files import write_json
+from edgeke.graph.runner import segment_logits
 from edgeke.learning.architectures import check_student
 from edgeke.learning.checkpoints import load_checkpoint
 from edgeke.params import parse
+from tests.cluster.test_strips import check as check_strips
 
 SHARED = ROOT.parent / "shared"
 LITE0 = SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
-STAGES = ("train_teacher", "distill", "train_branchynet", "export", "calibrate", "evaluate")
+STAGES = (
+    *("train_teacher", "distill", "prune", "train_branchynet"),
+    *("export", "calibrate", "evaluate"),
+)
 LOG = SimpleNamespace(
     epoch=lambda *arguments: None,
     headline=lambda *arguments: None,
@@ -127,6 +134,27 @@ def test_digits_with_a_network_of_timm_from_scratch(tmp_path, monkeypatch):
     metrics = run_stages(values, tmp_path, monkeypatch)
     check(metrics, 0.15, 3)
     assert metrics["evaluate"]["test/full/accuracy"] > 0.25
+
+
+@pytest.mark.skipif(find_spec("torch_pruning") is None, reason="needs requirements-prune.txt")
+def test_a_pruned_student_is_as_any_other(tmp_path, monkeypatch):
+    values = content("tiny")
+    values["student"]["prune"] = {"macs": 0.6, "max_loss": 0.9}
+    for stage in ("train_teacher", "distill", "train_branchynet"):
+        values["profiles"]["tiny"]["recipes"][stage]["epochs"] = 2
+    metrics = run_stages(values, tmp_path, monkeypatch)
+    check(metrics, 0.1, 3)
+    share = metrics["prune"]["cost/macs_share"]
+    assert 0.5 < share <= 0.6
+    macs = {name: metrics["export"][f"cost/{name}/macs"] for name in ("main", "plain", "branch_2")}
+    assert macs["main"] == macs["plain"] == pytest.approx(share * macs["branch_2"])
+    with Classifier(Path("models")) as classifier:
+        assert 0 <= classifier.predict(np.zeros((16, 16, 1), np.uint8)).exit <= 3
+    for precision in ("fp32", "int8"):
+        folder = Path("models/segments") / precision
+        contents = [(folder / f"{exit}.onnx").read_bytes() for exit in range(3)]
+        network = read_network(folder)
+        check_strips(network, lambda image, c=contents: segment_logits(c, image, 1)[:, 0], 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,9 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
             [{"attach": "stem", "kind": "x"}],
             ["branchynet.layout[0]: exit kind 'x'", "use one of branch"],
         ),
+        ("student.prune", {"macs": 1, "max_loss": 0.01}, ["student.prune.macs = 1", "less than 1"]),
+        ("student.prune", {"macs": 0.5, "max_loss": -1}, ["student.prune.max_loss = -1"]),
+        ("student.prune", {"macs": 0.5}, ["student.prune.max_loss", "missing"]),
         ("optimisation.weight_decay", 1e300, ["optimisation.weight_decay = 1e+300"]),
         ("optimisation.milestones", [0.5, 0], ["optimisation.milestones[1] = 0", "than 0"]),
         ("augmentation.crop_padding", 1, ["unknown key `augmentation.crop_padding`", "cutout"]),
@@ -146,6 +149,19 @@ def test_the_main_exit_cannot_supervise_where_it_is_not_there(content, order):
     put(content, "branchynet.order", order)
     with pytest.raises(InputError, match=rf"kd\.source = main.*order {order}.*source=teacher"):
         params.parse(put(content, "kd.source", "main"))
+
+
+def test_only_a_main_branch_that_is_trained_first_can_be_pruned(content):
+    put(content, "student.prune", {"macs": 0.5, "max_loss": 0.01})
+    for order in ("independent", "synchronous", "asynchronous_back"):
+        put(content, "branchynet.order", order)
+        with pytest.raises(InputError, match=rf"student\.prune .*order {order} does not start fr"):
+            params.parse(content)
+    put(content, "branchynet.order", "mixed")
+    assert params.parse(content).student.prune.macs == 0.5
+    put(content, "profile", "steel")
+    with pytest.raises(InputError, match=r"student\.prune .*steel\.student has trunk: frozen; use"):
+        params.parse(content)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeke.cluster.actors import check_versions, device_names, load_ray, start_actor, start_actors
+from edgeke.cluster.actors import (
+    by_mail,
+    check_versions,
+    device_names,
+    load_ray,
+    start_actor,
+    start_actors,
+)
 from edgeke.cluster.network import Network
 from edgeke.cluster.plan import Plan, Profile, expected_work, make_plan, single_plan
 from edgeke.cluster.strips import build
-from edgeke.cluster.worker import ORIGIN, Programs
+from edgeke.cluster.worker import ORIGIN, Phase, Programs
 from edgeke.device.policy import Policy
 from edgeke.device.scores import Score
 from edgeke.device.segments import Segments
@@ -31,6 +38,7 @@ _LOG = logging.getLogger("edgeke.cluster")
 # An answer that takes so many times what was expected, and so long, is a reason to look who lives.
 _LATE, _LATE_SECONDS = 10.0, 2.0
 _ALIVE_SECONDS = 5.0
+_GIVE_UP_SECONDS = 120.0
 # How long an image waits for a device when none is left.
 _NOBODY_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
@@ -54,15 +62,13 @@ class _Active:
 
 @dataclass(eq=False)
 class _Image:
-    """An image in work: what devices have sent of it, and how many exits it has passed."""
+    """An image in work: the phases that were asked for, and the logits of the exits it passed."""
 
     pixels: NDArray[np.uint8]
     number: int
     active: _Active
-    sent: dict[tuple[int, int, int], Any] = field(default_factory=dict)
     seconds: list[tuple[int, Any]] = field(default_factory=list)
     phases: int = 0
-    exits: int = 0
     logits: list[NDArray[np.float32]] = field(default_factory=list)
 
 
@@ -100,6 +106,7 @@ class Engine:
         self._factors = dict.fromkeys(names, 1.0)
         self._plans, self._images = itertools.count(), itertools.count()
         self._lock = threading.RLock()  # who is there, and which plan is active
+        self._order = threading.Lock()
         self._wake, self._closed = threading.Event(), False
         self._stale = False
         usable = plan is not None and not missing and set(plan.devices) <= set(names)
@@ -188,48 +195,37 @@ class Engine:
         """No further exit of an image is asked for."""
         image = self._kept.pop(token, None)
         if image is not None:
-            for actor in image.active.actors:
-                actor.forget.remote(image.number)
+            _give_up(image)
 
     def _next_exit(self, image: _Image) -> NDArray[np.float32]:
-        """Run the phases until the next exit, and its final. Nothing waits but for its logits."""
-        ray, active = load_ray(), image.active
-        exit, count = len(image.logits), len(active.actors)
-        for number in range(image.phases, active.programs.ends[exit]):
-            for device, program in enumerate(active.programs.programs):
-                phase, rows = program.phases[number], active.programs.image_rows[device]
-                contents = [
-                    {"image": image.pixels[:, slice(*rows)]}
-                    if s == ORIGIN
-                    else image.sent[q, s, device]
-                    for q, s in phase.receives
-                ]
-                targets = [m.target for m in phase.messages if m.target != device]
-                call = active.actors[device].phase.options(num_returns=len(targets) + 1)
-                results = call.remote(active.number, image.number, number, *contents)
-                *messages, seconds = results if targets else [results]
-                image.seconds.append((device, seconds))
-                for target, message in zip(targets, messages, strict=True):
-                    image.sent[number, device, target] = message
-        image.phases = max(image.phases, active.programs.ends[exit])
-        leader = active.programs.leader
-        receives = active.programs.programs[leader].finals[exit].receives
-        contents = [
-            {"image": image.pixels} if s == ORIGIN else image.sent[q, s, count] for q, s in receives
-        ]
-        call = active.actors[leader].final.options(num_returns=2)
-        logits, seconds = call.remote(active.number, image.number, exit, *contents)
-        image.seconds.append((leader, seconds))
-        expected = active.plan.seconds[exit]
-        limit = max(_LATE_SECONDS, _LATE * expected)
-        try:
-            values: NDArray[np.float32] = ray.get(logits, timeout=limit)
-        except ray.exceptions.GetTimeoutError:
-            if not self._dead(list(active.plan.devices)):
-                values = ray.get(logits, timeout=10 * limit)
-            else:
-                raise
-        return values
+        """One call per device does all until the next exit; devices send each other the rest."""
+        ray, active, exit = load_ray(), image.active, len(image.logits)
+        programs, leader = active.programs.programs, active.programs.leader
+        phases = (image.phases, max(image.phases, active.programs.ends[exit]))
+        calls = []
+        # All devices get images in the same order: else each could wait for what the other one
+        # does only after it.
+        with self._order:
+            for device, (actor, program) in enumerate(zip(active.actors, programs, strict=True)):
+                reads = _reads_image(program.phases[slice(*phases)])
+                low, high = active.programs.image_rows[device]
+                rows = image.pixels[:, low:high] if reads else None
+                whole = image.pixels if _reads_image(program.finals[exit : exit + 1]) else None
+                call = actor.run.options(num_returns=2)
+                calls.append(call.remote(active.number, image.number, exit, phases, rows, whole))
+        image.phases = phases[1]
+        image.seconds += [(device, seconds) for device, (seconds, _) in enumerate(calls)]
+        waiting = [seconds for seconds, _ in calls]
+        limit = max(_LATE_SECONDS, _LATE * active.plan.seconds[exit])
+        while calls[leader][0] in waiting:
+            ready, waiting = ray.wait(waiting, timeout=limit)
+            if not ready:
+                if self._dead(list(active.plan.devices)) or limit > _GIVE_UP_SECONDS:
+                    raise TimeoutError(f"no answer within {limit:.0f} s")
+                limit *= 10
+            ray.get(ready)  # raises what happened to a device
+        logits: NDArray[np.float32] = ray.get(calls[leader][1])
+        return logits
 
     def _learn(self, image: _Image) -> None:
         """See how long each device worked, and plan anew when one is not what it was."""
@@ -259,7 +255,7 @@ class Engine:
     def _dead(self, names: Sequence[str]) -> list[str]:
         """Which of these devices do not answer."""
         ray = load_ray()
-        asked = {n: self._actors[n].graphs.remote() for n in names if n in self._actors}
+        asked = {n: by_mail(self._actors[n].alive).remote() for n in names if n in self._actors}
         if not asked:
             return list(names)
         ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ALIVE_SECONDS)
@@ -275,6 +271,7 @@ class Engine:
 
     def _after_loss(self, image: _Image) -> None:
         """Remove the devices that are gone, and begin the image anew with those that are left."""
+        _give_up(image)
         dead = self._dead(list(image.active.plan.devices))
         with self._lock:
             for name in dead:
@@ -291,7 +288,7 @@ class Engine:
                 self._wake.set()
             image.active, image.phases = self._active, 0
             image.number = next(self._images)
-            image.sent, image.seconds, image.logits = {}, [], []
+            image.seconds, image.logits = [], []
 
     def _remove(self, name: str) -> None:
         """A device is gone, or does not answer: its process ends, so that it can join again."""
@@ -336,12 +333,14 @@ class Engine:
         if len(actors) < len(plan.devices):
             raise TimeoutError("a device left while it was planned")
         number = next(self._plans)
+        peers = ray.get([actor.address.remote() for actor in actors])
+        peers.append(peers[programs.leader])
         known = ray.get([actor.graphs.remote() for actor in actors])
         done = []
         for device, actor in enumerate(actors):
             keys = programs.keys(device) - known[device]
             graphs = {key: programs.graphs[key] for key in keys}
-            done.append(actor.load.remote(number, programs.programs[device], graphs))
+            done.append(actor.load.remote(number, programs.programs[device], graphs, peers))
         ray.get(done)
         work = expected_work(self.network, self._current(), plan)
         programs.graphs = {}  # devices have them
@@ -429,6 +428,17 @@ class Engine:
             time.sleep(0.05)
         for actor in old.actors:
             actor.unload.remote(old.number)
+
+
+def _reads_image(phases: Sequence[Phase]) -> bool:
+    """Whether pixels must be sent for these."""
+    return any(source == ORIGIN for phase in phases for _, source in phase.receives)
+
+
+def _give_up(image: _Image) -> None:
+    """Devices forget an image, also those that wait for a message of it."""
+    for actor in image.active.actors:
+        by_mail(actor.forget).remote(image.number)
 
 
 def describe(plan: Plan) -> str:

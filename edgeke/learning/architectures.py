@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from edgeke.data.dataset import Dataset
-from edgeke.networks.architecture import Architecture, Backbone, Layout, resolve_layout
+from edgeke.learning.channels import check_prunable
+from edgeke.networks.architecture import Architecture, Backbone, Layout, Shapes, resolve_layout
 from edgeke.networks.layouts import single_exit, with_layout
 from edgeke.networks.weights import initial_weights, normalisation
 from edgeke.params import Network, Params, check_exits
@@ -18,11 +19,20 @@ def teacher_architecture(network: Network, dataset: Dataset) -> Architecture:
 
 
 def student_architecture(
-    network: Network, layout: Layout, dataset: Dataset, *, shared: bool = True
+    network: Network,
+    layout: Layout,
+    dataset: Dataset,
+    *,
+    shared: bool = True,
+    pruned: Shapes = (),
 ) -> Architecture:
-    """The multi-exit network of a layout for this dataset's images and classes."""
+    """The multi-exit network of a layout for this dataset's images and classes.
+
+    `pruned`: the shapes of a backbone whose channels were removed.
+    """
     layout = resolve_layout(layout, network.weights is not None)
-    return with_layout(layout, _backbone(network, dataset), shared=shared)
+    backbone = dataclasses.replace(_backbone(network, dataset), pruned=pruned)
+    return with_layout(layout, backbone, shared=shared)
 
 
 def normalised_for(network: Network, dataset: Dataset) -> Dataset:
@@ -53,10 +63,13 @@ def start_weights(network: Network, backbone: Backbone, seed: int) -> dict[str, 
 def check_student(params: Params, dataset: Dataset) -> None:
     """Refuse a student that cannot be built, before hours go into its teacher.
 
-    Errors: InputError for a network, layout or list of numbers that do not fit together.
+    Errors: InputError for a network, layout or list of numbers that do not fit together, and for a
+    network that cannot be pruned as it is to be.
     """
     student = student_architecture(params.profile.student, params.branchynet.layout, dataset)
     check_exits(params, len(student.exits))
+    if params.student.prune is not None:
+        check_prunable(student.backbone, params.student.prune.macs)
 
 
 def _backbone(network: Network, dataset: Dataset) -> Backbone:

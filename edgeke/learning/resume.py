@@ -25,7 +25,8 @@ FOLDER = Path(".edgeke/checkpoints")  # of the repository: DVC deletes copies wi
 _ABANDONED = 3600  # seconds after which a file that nobody finished has no writer any more
 
 # What in the package `edgeke` computes weights.
-_CODE = ("data", "learning", "networks", "train_teacher.py", "distill.py", "train_branchynet.py")
+_STAGES = ("train_teacher.py", "distill.py", "prune.py", "train_branchynet.py")
+_CODE = ("data", "learning", "networks", *_STAGES)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ KINDS = ("branch", "attention", "separable", "linear", "pooled")
 # The side of square images, or height and width.
 ImageSize = int | tuple[int, int]
 
+# Tensors of a network by name, and their shapes.
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
 
 def sides(size: ImageSize) -> tuple[int, int]:
     """Height and width."""
@@ -37,7 +40,8 @@ class Backbone:
 
     `network` is a name in `NETWORKS`, or `timm/<name>`. `width`: channels of the first stage, for
     networks that have such a choice. `stem: small` removes the first halvings of one of timm's
-    networks (stride 1, no pooling), for images of 32x32.
+    networks (stride 1, no pooling), for images of 32x32. `pruned`: the tensors that pruning left
+    smaller than the network's own.
     """
 
     network: str
@@ -46,10 +50,13 @@ class Backbone:
     image_size: ImageSize
     width: int | None = None
     stem: Literal["standard", "small"] = "standard"
+    pruned: Shapes = ()
 
     def __post_init__(self) -> None:
         height, width = sides(self.image_size)  # JSON gives a list; a square has one form only
         object.__setattr__(self, "image_size", height if height == width else (height, width))
+        shapes = tuple((name, tuple(shape)) for name, shape in self.pruned)
+        object.__setattr__(self, "pruned", shapes)
         if self.network.startswith(TIMM):
             if self.width is not None:
                 raise InputError(
@@ -187,7 +194,10 @@ class Architecture:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back."""
-        return asdict(self)
+        content = asdict(self)
+        if not self.backbone.pruned:
+            del content["backbone"]["pruned"]
+        return content
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Architecture":
@@ -196,7 +206,7 @@ class Architecture:
             backbone = Backbone(**content["backbone"])
             exits = tuple(ExitSpec(**spec) for spec in content["exits"])
             return cls(**{**content, "backbone": backbone, "exits": exits})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"not the description of an EdgeKE network ({error}); delete the checkpoint and "
                 "run `dvc repro`"

@@ -8,6 +8,7 @@ from torch import nn
 
 from edgeke.errors import InputError
 from edgeke.networks.architecture import NETWORKS, TIMM, Backbone
+from edgeke.networks.pruned import cut_to
 
 
 def build_network(backbone: Backbone) -> nn.Module:
@@ -16,10 +17,10 @@ def build_network(backbone: Backbone) -> nn.Module:
     Errors: InputError when timm is missing or does not know the network.
     """
     if backbone.network.startswith(TIMM):
-        return _timm_network(backbone)
+        return cut_to(_timm_network(backbone), backbone.pruned)
     module, name = NETWORKS[backbone.network].split(":")
     network: nn.Module = getattr(importlib.import_module(module), name)(backbone)
-    return network
+    return cut_to(network, backbone.pruned)
 
 
 def require_timm() -> Any:

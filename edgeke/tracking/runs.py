@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from mlflow import MlflowClient
 
-_TRAINING = ("train_teacher", "distill", "train_branchynet")
+_TRAINING = ("train_teacher", "distill", "prune", "train_branchynet")
 _PAUSE = 300  # seconds without live metrics after a failure, which may have taken twenty
 
 
