@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 
-_ENCODE_SECONDS = 0.5
-_PLANS = 256
-_STEPS = 20  # of costs that count as equal: a factor of e has so many
+_MEASURE_SECONDS = 1.0
+# Plans of so many requests are kept, each for so many times as long as it took to make.
+_PLANS, _KEPT = 64, 100
+# How much a request counts for the device's pace, and how much slower one may be than expected.
+_PACE, _SLOWEST = 0.03, 250.0
 # The device's own rest may take so many times its 95th percentile; and of a deadline so much is
 # kept back, 2 ms at least, since a process is not always woken at once.
 _SPARE, _KEPT_BACK = 1.1, 0.05
@@ -51,12 +53,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Way:
-    """A partition with or without zlib; seconds until a message is made, and its mean bytes."""
+    """A partition with or without zlib, and the mean bytes of an exchange.
+
+    `more_ms`: how much longer than in the one file it takes until each of the device's exits has
+    answered, and at last until the message is made. `more_ms[-1]` is counted from the exit before.
+    """
 
     partition: Partition
     codec: Codec | None
     pack: bool
-    seconds: float
+    more_ms: tuple[float, ...]
     size: float
 
     @property
@@ -67,6 +73,17 @@ class _Way:
         if self.codec is None:
             return encode_picture(image)
         return encode(features, self.codec, self.pack)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The way (None: all on the device) and the point of a request, until a moment."""
+
+    way: _Way | None
+    point: OperatingPoint
+    measured: Profile
+    version: int
+    until: float
 
 
 class RemoteRest:
@@ -92,11 +109,13 @@ class RemoteRest:
             raise InputError(f"patience_ms = {patience_ms!r:.40} must be 1 to 1,000,000")
         self.link = Link(url, sha256, token)
         self._classifier, self._patience = classifier, patience_ms / 1e3
-        self._ways = _measure_ways(partitions, segments, classifier.image_shape, self.link)
+        self._ways = _measure_ways(classifier, partitions, segments, self.link)
+        # Milliseconds that the device took and that were expected, of late: others may use it, or
+        # it may be throttled.
+        self._took = self._expected = 1e-3
         # The choice depends on calibration: every policy gets a share of the risk.
         self._policies = 1 + len(partitions)
-        self._plans: dict[Any, tuple[_Way | None, OperatingPoint]] = {}
-        self._latest: tuple[Any, tuple[_Way | None, OperatingPoint]] | None = None
+        self._plans: dict[Request, _Plan] = {}
         self.link.probe()
 
     def answer(self, image: NDArray[np.uint8], request: Request, started: float) -> Answer:
@@ -109,47 +128,56 @@ class RemoteRest:
         assert measured is not None
         way, point = self._plan(request, measured)
         if way is None:
+            began = time.perf_counter()
             probabilities, exit = self._classifier.run_at(image, point)
+            self._keep_pace(began, measured.median_ms[min(exit, len(measured.median_ms) - 1)])
             return Answer(probabilities, exit, point, "device", 0, False)
         return self._partly(way, point, image, request, measured, started)
 
     def _plan(self, request: Request, measured: Profile) -> tuple[_Way | None, OperatingPoint]:
-        """The way and the point for a request now; None: all of it on the device."""
-        link, latest = self.link, self._latest
-        now = (request, measured, link.version)
-        if latest is not None and latest[0] == now:
-            return latest[1]
-        usable = [w for w in self._ways if link.seconds(w.size) < self._patience]
-        ways = usable if link.usable else []
-        costs = [self._costs(way, measured, worst=False) for way in ways]
-        worst = [self._costs(way, measured, worst=True) for way in ways]
-        steps = tuple(round(_STEPS * math.log(c[-1])) for c in (*costs, *worst))
-        key = (request, measured, len(ways), steps)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._best(request, measured, list(zip(ways, costs, worst, strict=True)))
+        """The way and the point for a request now; None: all of it on the device.
+
+        Planning takes time, too, so a plan stays for a while, unless the link has changed.
+        """
+        link, now = self.link, time.monotonic()
+        plan, version = self._plans.get(request), link.version
+        if (
+            plan is None
+            or now >= plan.until
+            or (plan.measured, plan.version) != (measured, version)
+        ):
+            ways = self._ways if link.usable else []
+            ways = [way for way in ways if link.seconds(way.size) < self._patience]
+            way, point = self._best(request, measured, ways)
+            until = now + (1 + _KEPT) * (time.monotonic() - now)
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            self._plans[key] = plan
-        self._latest = (now, plan)
-        return plan
+            plan = self._plans[request] = _Plan(way, point, measured, version, until)
+        return plan.way, plan.point
 
     def _best(
         self,
         request: Request,
         measured: Profile,
-        ways: Sequence[tuple[_Way, Sequence[float], Sequence[float]]],
+        ways: Sequence[_Way],
     ) -> tuple[_Way | None, OperatingPoint]:
-        policy = self._classifier.policy
         shared = self._shared(request)
-        options: list[tuple[_Way | None, Policy, Sequence[float], Sequence[float]]] = [
-            (None, policy, measured.median_ms, measured.p95_ms)
+        best: dict[str, tuple[_Way, list[float]]] = {}  # of those with and without zlib
+        for each in ways:
+            costs = self._costs(each, measured)
+            other = best.get(each.partition.name)
+            if other is None or costs[-1] < other[1][-1]:
+                best[each.partition.name] = each, costs
+        local = [self._pace * cost for cost in measured.median_ms]
+        options: list[tuple[_Way | None, Policy, list[float]]] = [
+            (None, self._classifier.policy, local)
         ]
-        options += [(way, way.partition.policy, costs, worst) for way, costs, worst in ways]
+        options += [(way, way.partition.policy, costs) for way, costs in best.values()]
         found, unmet = [], None
-        for way, own, costs, worst in options:
+        for way, policy, costs in options:
+            worst = measured.p95_ms if way is None else self._worst(way, measured)
             try:
-                point = choose(own, shared, costs, worst)
+                point = choose(policy, shared, costs, worst)
             except UnmetError as error:
                 unmet = unmet or error
             except InputError:
@@ -161,10 +189,10 @@ class RemoteRest:
             assert unmet is not None
             raise unmet
         if shared.mean_cost is None and shared.deadline is None:
-            best = min(found, key=lambda each: each[2])
+            chosen = min(found, key=lambda each: each[2])
         else:
-            best = max(found, key=lambda each: (each[1].validation_accuracy, -each[2]))
-        return best[:2]
+            chosen = max(found, key=lambda each: (each[1].validation_accuracy, -each[2]))
+        return chosen[:2]
 
     def _shared(self, request: Request) -> Request:
         """The request at a policy's share of the risk.
@@ -176,14 +204,35 @@ class RemoteRest:
         delta = self._classifier.policy.delta if request.delta is None else request.delta
         return replace(request, delta=delta / self._policies)
 
-    def _costs(self, way: _Way, measured: Profile, worst: bool) -> list[float]:
-        """Milliseconds until each exit of the partition's policy has answered."""
-        device = measured.p95_ms if worst else measured.median_ms
-        known = list(device[: way.partition.after + 1])
-        link = self.link.worst_seconds(way.size) if worst else self.link.seconds(way.size)
-        before = known[-1] if known else 0.0
-        server = self.link.server_ms.get(way.after, measured.median_ms[-1])
-        return [*known, before + 1e3 * (way.seconds + link) + server]
+    def _costs(self, way: _Way, measured: Profile) -> list[float]:
+        """Expected milliseconds until each exit of the partition's policy has answered."""
+        known = measured.median_ms[: way.partition.after + 1]
+        costs = [ms + more for ms, more in zip(known, way.more_ms, strict=False)]
+        costs.append(max(costs, default=0.0) + way.more_ms[-1])
+        costs = [self._pace * ms for ms in costs]
+        costs[-1] += 1e3 * self.link.seconds(way.size) + self._server_ms(way, measured)
+        return costs
+
+    def _worst(self, way: _Way, measured: Profile) -> list[float]:
+        """Milliseconds that these exits rarely exceed."""
+        known = list(measured.p95_ms[: way.partition.after + 1])
+        last = (known[-1] if known else 0.0) + sum(way.more_ms[-2:])
+        last += 1e3 * self.link.worst_seconds(way.size) + self._server_ms(way, measured)
+        return [*known, last]
+
+    def _server_ms(self, way: _Way, measured: Profile) -> float:
+        return self.link.server_ms.get(way.after, measured.median_ms[-1])
+
+    @property
+    def _pace(self) -> float:
+        """How many times longer than expected the device's own work takes of late."""
+        return self._took / self._expected
+
+    def _keep_pace(self, began: float, expected: float) -> None:
+        """Count work that began at a moment and has ended now; milliseconds."""
+        took = min(1e3 * (time.perf_counter() - began), _SLOWEST * expected)
+        self._took += _PACE * (took - self._took)
+        self._expected += _PACE * (expected - self._expected)
 
     def _partly(
         self,
@@ -198,6 +247,8 @@ class RemoteRest:
         segments = self._classifier.open_segments()
         assert segments is not None
         policy, after = way.partition.policy, way.partition.after
+        began = time.perf_counter()
+        costs = [ms + more for ms, more in zip(measured.median_ms, way.more_ms[:-1], strict=False)]
         score = Score(policy.score, policy.score_weights)
         features: NDArray[Any] = image[None]
         earlier = np.empty((0, 1, len(self._classifier.classes)), np.float32)
@@ -207,12 +258,14 @@ class RemoteRest:
                 self._weigh(logits)
             earlier = _with(earlier, logits, policy.temperatures[exit])
             if score.at(earlier, exit)[0] > np.float32(point.thresholds[exit]):
+                self._keep_pace(began, costs[exit])
                 return self._answer(earlier[-1], exit, point, "device", 0, False)
         deepest = self._deepest(request, measured, after)
         until = self._until(request, measured, after, deepest, started)
         sent, place, void = 0, "server", False
         try:
             message = way.message(image, features)
+            self._keep_pace(began, max(costs, default=0.0) + way.more_ms[-1])
             sent = len(message) + self.link.head_bytes(way.after)
             reply = self._ask(way, message, until, request.deadline is not None)
             last = reply.probabilities
@@ -275,25 +328,41 @@ def _with(earlier: Floats, logits: Floats, temperature: float) -> Floats:
 
 
 def _measure_ways(
-    partitions: Sequence[Partition], segments: Segments, shape: tuple[int, int, int], link: Link
+    classifier: "Classifier", partitions: Sequence[Partition], segments: Segments, link: Link
 ) -> list[_Way]:
     """The ways of all partitions, each timed on noise."""
-    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, classifier.image_shape, np.uint8)
     features: dict[int, NDArray[Any]] = {-1: image[None]}
-    for exit in range(max(partition.after for partition in partitions) + 1):
+    deepest = max(partition.after for partition in partitions)
+    calls: dict[str, Callable[[], Any]] = {}
+    for exit in range(deepest + 1):
         features[exit] = segments.logits(exit, features[exit - 1])[1]
+        calls[f"file {exit}"] = partial(classifier.forced(exit), image)
+        calls[f"segments {exit}"] = partial(_first_exits, segments, classifier.policy, exit, image)
     ways = []
     for each in partitions:
         codec = None if each.codec == RAW else parse_codec(each.codec)
         head = link.head_bytes(RAW if codec is None else str(each.after))
-        ways.append(_Way(each, codec, False, 0.0, head + each.sent_bytes))
+        ways.append(_Way(each, codec, False, (), head + each.sent_bytes))
         if codec is not None:
-            ways.append(_Way(each, codec, True, 0.0, head + each.packed_bytes))
-    calls = {
-        str(n): partial(way.message, image, features[way.partition.after])
-        for n, way in enumerate(ways)
-    }
-    times = time_interleaved(calls, 50, _ENCODE_SECONDS)
+            ways.append(_Way(each, codec, True, (), head + each.packed_bytes))
+    for n, way in enumerate(ways):
+        calls[str(n)] = partial(way.message, image, features[way.partition.after])
+    timed = time_interleaved(calls, 50, _MEASURE_SECONDS)
+    ms = {name: float(np.median(times)) for name, times in timed.items()}
+    more = [max(0.0, ms[f"segments {k}"] - ms[f"file {k}"]) for k in range(deepest + 1)]
     return [
-        replace(way, seconds=float(np.median(times[str(n)])) / 1e3) for n, way in enumerate(ways)
+        replace(way, more_ms=(*more[: way.partition.after + 1], ms[str(n)]))
+        for n, way in enumerate(ways)
     ]
+
+
+def _first_exits(segments: Segments, policy: Policy, last: int, image: NDArray[np.uint8]) -> None:
+    """What the device does before a message, for its time."""
+    score, features = Score(policy.score, policy.score_weights), image[None]
+    earlier = np.empty((0, 1, 0), np.float32)
+    for exit in range(last + 1):
+        logits, features = segments.logits(exit, features)
+        row = calibrated_probabilities(logits[None], policy.temperatures[exit : exit + 1])
+        earlier = np.concatenate([earlier, row]) if exit else row
+        score.at(earlier, exit)
