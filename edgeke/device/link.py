@@ -32,6 +32,7 @@ _GAIN = 0.3  # how much one counts for milliseconds of the server, and for the d
 _SURPRISE = 2.0
 # Seconds: of a probe at most; without traffic before the next; between two after a surprise.
 _PROBE_SECONDS, _IDLE, _SOON = 2.0, 2.0, 0.5
+_LONGEST_IDLE = 16.0  # what is as expected is measured half as often, down to this
 _PROBE_BYTES = (2**10, 2**14)  # of a probe for the rate, least and most
 _PROBE_SHARE = 0.02  # seconds that it should take
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
@@ -101,7 +102,7 @@ class Link:
         self._failures, self._pause = 0, _FIRST_PAUSE
         self._retry: float | None = 0.0  # when an unreachable server is tried again
         self._seen = self._probed = -_IDLE
-        self._surprised = False
+        self._surprised, self._wait = False, _IDLE
         self.version = 0  # grows when there is news: of a probe, a surprise, a failure
         self.after_fork()
 
@@ -178,7 +179,7 @@ class Link:
         elif self._surprised:
             due = now >= self._probed + _SOON
         else:
-            due = now >= max(self._seen, self._probed) + _IDLE
+            due = now >= max(self._seen, self._probed) + self._wait
         if due and self._probing.acquire(blocking=False):
 
             def run() -> None:
@@ -215,6 +216,7 @@ class Link:
         if self._measured and self._retry is None:
             for sent, seconds in ((0, round_trip), (size, longer)):
                 self._observe(sent, seconds, probe=True)
+            self._wait = _IDLE if self._surprised else min(2 * self._wait, _LONGEST_IDLE)
         else:
             with self._lock:
                 self.round_trip = max(round_trip, 1e-5)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 _MEASURE_SECONDS = 1.0
-# Plans of so many requests are kept, each for so many times as long as it took to make.
+# A better link is looked for where it could save a tenth.
+_WORTH = 0.9
+# Plans of so many requests are kept, each for requests of so many times the time it took to make.
 _PLANS, _KEPT = 64, 100
 # How much a request counts for the device's pace, and how much slower one may be than expected.
 _PACE, _SLOWEST = 0.03, 250.0
@@ -77,13 +79,19 @@ class _Way:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The way (None: all on the device) and the point of a request, until a moment."""
+    """The way (None: all on the device) and the point of a request.
+
+    `until` so many milliseconds have gone into requests, unless the link or the device changes.
+
+    `open`: whether a better link could change that; else there is no need to measure it.
+    """
 
     way: _Way | None
     point: OperatingPoint
     measured: Profile
     version: int
     until: float
+    open: bool
 
 
 class RemoteRest:
@@ -113,6 +121,7 @@ class RemoteRest:
         # Milliseconds that the device took and that were expected, of late: others may use it, or
         # it may be throttled.
         self._took = self._expected = 1e-3
+        self._worked = 0.0  # milliseconds that all requests took
         # The choice depends on calibration: every policy gets a share of the risk.
         self._policies = 1 + len(partitions)
         self._plans: dict[Request, _Plan] = {}
@@ -123,7 +132,12 @@ class RemoteRest:
 
         Errors: UnmetError, as `choose`.
         """
-        self.link.keep_measured()
+        try:
+            return self._answer(image, request, started)
+        finally:
+            self._worked += 1e3 * (time.monotonic() - started)
+
+    def _answer(self, image: NDArray[np.uint8], request: Request, started: float) -> Answer:
         measured = self._classifier.measured
         assert measured is not None
         way, point = self._plan(request, measured)
@@ -143,24 +157,35 @@ class RemoteRest:
         plan, version = self._plans.get(request), link.version
         if (
             plan is None
-            or now >= plan.until
+            or self._worked >= plan.until
             or (plan.measured, plan.version) != (measured, version)
         ):
             ways = self._ways if link.usable else []
             ways = [way for way in ways if link.seconds(way.size) < self._patience]
-            way, point = self._best(request, measured, ways)
-            until = now + (1 + _KEPT) * (time.monotonic() - now)
+            way, point, cost = self._best(request, measured, ways)
+            open = request != Request(delta=request.delta) or self._hope(measured, _WORTH * cost)
+            until = self._worked + 1e3 * _KEPT * (time.monotonic() - now)
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            plan = self._plans[request] = _Plan(way, point, measured, version, until)
+            plan = self._plans[request] = _Plan(way, point, measured, version, until, open)
+        if plan.open:
+            link.keep_measured()
         return plan.way, plan.point
+
+    def _hope(self, measured: Profile, limit: float) -> bool:
+        """Whether some way would cost less than a limit if its link cost nothing."""
+        for way in self._ways:
+            policy, costs = way.partition.policy, self._costs(way, measured, link=False)
+            if policy.point(policy.default).expected_cost(costs) < limit:
+                return True
+        return False
 
     def _best(
         self,
         request: Request,
         measured: Profile,
         ways: Sequence[_Way],
-    ) -> tuple[_Way | None, OperatingPoint]:
+    ) -> tuple[_Way | None, OperatingPoint, float]:
         shared = self._shared(request)
         best: dict[str, tuple[_Way, list[float]]] = {}  # of those with and without zlib
         for each in ways:
@@ -192,7 +217,7 @@ class RemoteRest:
             chosen = min(found, key=lambda each: each[2])
         else:
             chosen = max(found, key=lambda each: (each[1].validation_accuracy, -each[2]))
-        return chosen[:2]
+        return chosen
 
     def _shared(self, request: Request) -> Request:
         """The request at a policy's share of the risk.
@@ -204,13 +229,18 @@ class RemoteRest:
         delta = self._classifier.policy.delta if request.delta is None else request.delta
         return replace(request, delta=delta / self._policies)
 
-    def _costs(self, way: _Way, measured: Profile) -> list[float]:
-        """Expected milliseconds until each exit of the partition's policy has answered."""
+    def _costs(self, way: _Way, measured: Profile, link: bool = True) -> list[float]:
+        """Expected milliseconds until each exit of the partition's policy has answered.
+
+        Without `link`, what an exchange costs beside the server's work is left out.
+        """
         known = measured.median_ms[: way.partition.after + 1]
         costs = [ms + more for ms, more in zip(known, way.more_ms, strict=False)]
         costs.append(max(costs, default=0.0) + way.more_ms[-1])
         costs = [self._pace * ms for ms in costs]
-        costs[-1] += 1e3 * self.link.seconds(way.size) + self._server_ms(way, measured)
+        costs[-1] += self._server_ms(way, measured)
+        if link:
+            costs[-1] += 1e3 * self.link.seconds(way.size)
         return costs
 
     def _worst(self, way: _Way, measured: Profile) -> list[float]:
@@ -259,7 +289,7 @@ class RemoteRest:
             earlier = _with(earlier, logits, policy.temperatures[exit])
             if score.at(earlier, exit)[0] > np.float32(point.thresholds[exit]):
                 self._keep_pace(began, costs[exit])
-                return self._answer(earlier[-1], exit, point, "device", 0, False)
+                return self._as_answer(earlier[-1], exit, point, "device", 0, False)
         deepest = self._deepest(request, measured, after)
         until = self._until(request, measured, after, deepest, started)
         sent, place, void = 0, "server", False
@@ -278,13 +308,13 @@ class RemoteRest:
                 last, features = segments.probabilities(exit, features)
             void = deepest < len(measured.p95_ms) - 1
             if void:
-                return self._answer(last, exit, point, place, sent, void)
+                return self._as_answer(last, exit, point, place, sent, void)
         exits = after + 2
         every = _with(earlier, as_logits(last), policy.temperatures[-1])
         sure = score.at(every, exits - 1)[0] > np.float32(point.thresholds[-1])
         answer = every[-1] if sure else vote(every, point.votes)
         last_exit = len(self._classifier.policy.macs) - 1 + (not sure)
-        return self._answer(answer, last_exit, point, place, sent, void)
+        return self._as_answer(answer, last_exit, point, place, sent, void)
 
     def _weigh(self, logits: Floats) -> None:
         """Count the image towards shift, by the score of the policy that has the histogram."""
@@ -297,7 +327,7 @@ class RemoteRest:
             raise LinkError("there is no time left to ask")
         return self.link.exchange(way.after, message, until, deadline)
 
-    def _answer(
+    def _as_answer(
         self, answers: Floats, exit: int, point: OperatingPoint, place: str, sent: int, void: bool
     ) -> Answer:
         answers = biased(answers, point.bias) if point.bias else answers
@@ -350,7 +380,8 @@ def _measure_ways(
         calls[str(n)] = partial(way.message, image, features[way.partition.after])
     timed = time_interleaved(calls, 50, _MEASURE_SECONDS)
     ms = {name: float(np.median(times)) for name, times in timed.items()}
-    more = [max(0.0, ms[f"segments {k}"] - ms[f"file {k}"]) for k in range(deepest + 1)]
+    more = [ms[f"segments {k}"] - ms[f"file {k}"] for k in range(deepest + 1)]
+    more = np.maximum.accumulate([0.0, *more])[1:].tolist()  # costs increase from exit to exit
     return [
         replace(way, more_ms=(*more[: way.partition.after + 1], ms[str(n)]))
         for n, way in enumerate(ways)
