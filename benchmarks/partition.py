@@ -2,8 +2,10 @@
 
 (1) The codecs on the features of test images after every exit: bytes, error, speed; beside them
 float16 and one range for the whole map (what JMDC's formula says).
-(2) Real processes: the server, a proxy that is the link (benchmarks/link.py), and the device under
-a CPU quota (cgroup v1; skipped where that is not writable). At every rate, delay and slowness the
+(2) Real processes: the server, a proxy that is the link (benchmarks/link.py), and the device. It is
+slowed by a sleep after each network and codec, so many times as long as its processor worked; or
+by a CPU quota (cgroup v1; skipped where that is not writable), which stops it for up to 15 ms at a
+time. At every rate, delay and slowness the
 mean and 95th percentile of milliseconds, bytes per image, and accuracy, of: `local_full` (the last
 exit), `local` (the policy's default point), `raw` (the picture to the server), `neurosurgeon` (the
 best fixed partition, f32, no exits), `jmdc` (the best fixed partition and codec, no exits), `ours`.
@@ -105,19 +107,24 @@ class Contenders:
     def __init__(self, options: argparse.Namespace) -> None:
         bundle, precision = options.bundle, options.precision
         self.local = Classifier(bundle, precision)
+        slower = options.times if options.throttle == "sleep" else 1
+        slow_down(self.local, slower)
         self.local.profile(seconds=5.0)  # kept beside the model, for the others
         self.device, self.fixed = (
             Classifier(bundle, precision, server=options.server, patience_ms=60_000)
             for _ in range(2)
         )
+        slow_down(self.device, slower)
+        slow_down(self.fixed, slower)
         self.full = self.local.forced(len(self.local.policy.macs) - 1)
         self.chosen: dict[str, tuple[Any, Any]] = {}
 
     def choose(self) -> None:
         """For each contender the way and the point that it uses on the link as it is now."""
         rest, measured = self.fixed._rest, self.fixed.measured
+        rest._plan(Request(), measured)
         costs = [(way, rest._costs(way, measured)[-1]) for way in rest._ways]
-        local = (None, rest._pace * measured.median_ms[-1])
+        local = (None, rest._pace * rest._local[-1])
         codecs = {"raw": [], "neurosurgeon": [local], "jmdc": [local]}
         for way, cost in costs:
             kind = way.partition.codec
@@ -216,7 +223,8 @@ def device_process(options: argparse.Namespace) -> None:
                 names = [n for n in names if n == "ours" or np.median(blocks[n]) < 2 * fastest]
             dice.shuffle(names)
             for name in names:
-                time.sleep(2 * _QUOTA * options.times / 1e6)  # each starts with a whole quota
+                if options.throttle == "quota":
+                    time.sleep(2 * _QUOTA * options.times / 1e6)  # each starts with a whole one
                 block: list[float] = []
                 while len(block) < options.images and sum(block) < 300:
                     number = turn * options.images + len(block)
@@ -248,6 +256,32 @@ def device_process(options: argparse.Namespace) -> None:
         print(json.dumps(row), flush=True)
 
 
+def slow_down(classifier: Classifier, times: int) -> None:
+    """Have networks and codecs take so many times longer: the process sleeps after each."""
+
+    def slower(run: Any) -> Any:
+        def wrapped(*arguments: Any) -> Any:
+            started = time.thread_time()
+            result = run(*arguments)
+            ends = time.perf_counter() + (times - 1) * (time.thread_time() - started)
+            while (left := ends - time.perf_counter()) > 0:
+                if left > 2e-4:
+                    time.sleep(left - 1e-4)
+            return result
+
+        return wrapped
+
+    class Session:
+        def __init__(self, session: Any) -> None:
+            self.run, self.get_outputs = slower(session.run), session.get_outputs
+
+    classifier._session = Session(classifier._session)
+    segments = classifier.open_segments()
+    segments._sessions = [Session(each) for each in segments._sessions]
+    if times > 1 and not hasattr(_Way, "slower"):
+        _Way.slower, _Way.message = True, slower(_Way.message)
+
+
 def slowed(process: int, times: int) -> Path | None:
     """Put a process under a quota of a core; None where there is none to be had."""
     group = _CGROUP / f"edgeke-benchmark-{process}"
@@ -272,6 +306,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60, help="of each point, at most")
     parser.add_argument("--images", type=int, default=40, help="of each contender and round")
     parser.add_argument("--precision", choices=("int8", "fp32"))
+    parser.add_argument("--throttle", choices=("sleep", "quota"), default="sleep")
     parser.add_argument("--pictures", help="start of the names of two SVGs")
     parser.add_argument("--rows", type=Path, help="where all numbers go, as JSON")
     parser.add_argument("--server", help=argparse.SUPPRESS)
@@ -320,7 +355,7 @@ def _measure(options: argparse.Namespace, link: Link, times: int) -> list[dict[s
     for file in options.bundle.glob("edgeke*.onnx"):
         shutil.copy(file, bundle)
     command += ["--bundle", str(bundle)]
-    for name in ("data", "seconds", "rounds", "images"):
+    for name in ("data", "seconds", "rounds", "images", "throttle"):
         command += [f"--{name}", str(getattr(options, name))]
     command += ["--times", str(times)]
     if options.precision:
@@ -328,8 +363,9 @@ def _measure(options: argparse.Namespace, link: Link, times: int) -> list[dict[s
     pipe = subprocess.PIPE
     device = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
     device.stdout.readline()
-    group = slowed(device.pid, times) if times > 1 else None
-    if times > 1 and group is None:
+    quota = times > 1 and options.throttle == "quota"
+    group = slowed(device.pid, times) if quota else None
+    if quota and group is None:
         print(f"no CPU quota here: the device {times} times slower is left out")
         device.kill()
         device.wait()

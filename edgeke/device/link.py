@@ -24,10 +24,11 @@ from edgeke.errors import InputError
 _MODEL = "/v2/models/edgeke/after"
 _MOST = 2**22  # bytes of an answer
 _IDLE_CONNECTIONS = 8
-# Of what is learnt from an exchange: the error of one measurement, and how much round trip and rate
-# may change from one to the next, and without traffic, as shares; how far one may be from what was
-# expected.
-_NOISE, _DRIFT, _IDLE_DRIFT, _FURTHEST = 0.3, 0.1, 0.3, 16.0
+# Of what is learnt from an exchange, as shares: the error of one measurement, how far one may be
+# from what was expected, how much round trip and rate may change meanwhile, and round trip while
+# idle.
+_NOISE, _FURTHEST = 0.3, 16.0
+_DRIFT, _IDLE_DRIFT = {"round_trip": 0.1, "per_byte": 0.03}, 0.3
 _GAIN = 0.3  # how much one counts for milliseconds of the server, and for the deviation
 _SURPRISE = 2.0
 # Seconds: of a probe at most; without traffic before the next; between two after a surprise.
@@ -98,7 +99,8 @@ class Link:
         self.round_trip, self.per_byte, self.deviation = 0.05, 1e-6, 0.02  # until measured
         self._doubt = {"round_trip": 1.0, "per_byte": 1.0}  # variances, as shares
         self._measured = False  # whether a probe has come back
-        self.server_ms: dict[str, float] = {}
+        self.server_ms: dict[str, float] = {}  # as it says when it is probed
+        self.server_pace = 1.0  # how many times longer it has taken since
         self._failures, self._pause = 0, _FIRST_PAUSE
         self._retry: float | None = 0.0  # when an unreachable server is tried again
         self._seen = self._probed = -_IDLE
@@ -156,8 +158,9 @@ class Link:
             raise LinkError(words) from error
         took = time.monotonic() - started
         self._observe(len(request), took - reply.server_ms / 1e3)
-        known = self.server_ms.get(after, reply.server_ms)
-        self.server_ms[after] = known + _GAIN * (reply.server_ms - known)
+        known = self.server_ms.setdefault(after, reply.server_ms)
+        ratio = min(max(reply.server_ms / max(known, 1e-3), 1 / _FURTHEST), _FURTHEST)
+        self.server_pace += _GAIN * (ratio - self.server_pace)
         self._succeed(True)
         return reply
 
@@ -200,11 +203,14 @@ class Link:
             )[0]
             self._address = (family, kind, protocol, address)
             self._send(self._head("", 0, ""), until)  # opens the connection
-            content, round_trip = self._measure(0, until)
             size, most = _PROBE_BYTES
             if not surprised:  # else the rate is in doubt, and little is sent
                 size = int(min(max(_PROBE_SHARE / self.per_byte, size), most))
-            _, longer = self._measure(size, until)
+            short, long = [], []
+            for _ in range(2):
+                content, seconds = self._measure(0, until)
+                short.append(seconds)
+                long.append(self._measure(size, until)[1])
         except (LinkError, OSError, http.client.HTTPException, ValueError) as error:
             self._fail(f"{self.url}: {error or type(error).__name__}", True)
             return
@@ -213,16 +219,20 @@ class Link:
             self._fail(f"{self.url} serves another model", True)
             return
         self.server_ms |= {str(k): float(v) for k, v in costs.items()}
+        # Of the rate the lesser of two: a busy device is late, which is no matter of bytes. What is
+        # less than the noise of a round trip says no more than that.
+        per_byte = max(min(long) - min(short), min(short) / 16) / size
         if self._measured and self._retry is None:
-            for sent, seconds in ((0, round_trip), (size, longer)):
-                self._observe(sent, seconds, probe=True)
+            for seconds in short:
+                self._observe(0, seconds, probe=True)
+            with self._lock:
+                noise = self.deviation / (size * max(per_byte, self.per_byte))
+                self.per_byte += (per_byte - self.per_byte) / (1 + noise**2)
             self._wait = _IDLE if self._surprised else min(2 * self._wait, _LONGEST_IDLE)
         else:
             with self._lock:
-                self.round_trip = max(round_trip, 1e-5)
-                # What is less than the noise of a round trip says no more than that.
-                self.per_byte = max(longer - round_trip, round_trip / 16) / size
-                self.deviation = max(self.deviation / 2, round_trip / 8)
+                self.round_trip, self.per_byte = max(sum(short) / 2, 1e-5), per_byte
+                self.deviation = max(self.deviation / 2, self.round_trip / 8)
                 self._doubt = dict.fromkeys(self._doubt, 1.0)
                 self._measured = True
         with self._lock:
@@ -334,16 +344,17 @@ class Link:
             ratio = min(max(seconds / expected, 1 / _FURTHEST), _FURTHEST)
             shares = {"round_trip": self.round_trip / expected}
             shares["per_byte"] = 1 - shares["round_trip"]
-            drift = _IDLE_DRIFT if probe else _DRIFT
-            doubt = {name: min(1.0, each + drift**2) for name, each in self._doubt.items()}
+            drifts = _DRIFT | ({"round_trip": _IDLE_DRIFT} if probe else {})
+            doubt = {name: min(1.0, self._doubt[name] + d**2) for name, d in drifts.items()}
             total = sum(shares[name] ** 2 * each for name, each in doubt.items()) + _NOISE**2
-            surprised = not 1 / _SURPRISE < ratio < _SURPRISE
+            error = abs(seconds - expected)
+            surprised = error > 3 * self.deviation and not 1 / _SURPRISE < ratio < _SURPRISE
             for name, share in shares.items():
                 gain = share * doubt[name] / total
                 setattr(self, name, getattr(self, name) * (1 + gain * (ratio - 1)))
-                # After a surprise the next measurement decides.
-                self._doubt[name] = 1.0 if surprised else doubt[name] * (1 - gain * share)
-            self.deviation += _GAIN * (abs(seconds - expected) - self.deviation)
+                left = doubt[name] * (1 - gain * share)
+                self._doubt[name] = max(left, _NOISE**2) if surprised else left
+            self.deviation += _GAIN * (error - self.deviation)
             self._surprised |= surprised
             self.version += surprised
             if not probe:

@@ -15,7 +15,7 @@ from edgeke.device.codec import RAW, Codec, encode, encode_picture, parse_codec
 from edgeke.device.link import Link, LinkError, Reply
 from edgeke.device.partitions import Partition, as_logits
 from edgeke.device.policy import OperatingPoint, Policy
-from edgeke.device.profile import Profile
+from edgeke.device.profile import Profile, increasing
 from edgeke.device.scores import Score, biased, calibrated_probabilities, vote
 from edgeke.device.segments import Segments
 from edgeke.device.timing import time_interleaved
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 
-_MEASURE_SECONDS = 1.0
+_ROUNDS, _SECONDS = 20, 1.0  # of measuring
 # A better link is looked for where it could save a tenth.
 _WORTH = 0.9
 # Plans of so many requests are kept, each for requests of so many times the time it took to make.
@@ -57,14 +57,14 @@ class Answer:
 class _Way:
     """A partition with or without zlib, and the mean bytes of an exchange.
 
-    `more_ms`: how much longer than in the one file it takes until each of the device's exits has
-    answered, and at last until the message is made. `more_ms[-1]` is counted from the exit before.
+    `ms` of a processor until each of the device's exits has answered, and at last until the message
+    is made.
     """
 
     partition: Partition
     codec: Codec | None
     pack: bool
-    more_ms: tuple[float, ...]
+    ms: tuple[float, ...]
     size: float
 
     @property
@@ -117,10 +117,11 @@ class RemoteRest:
             raise InputError(f"patience_ms = {patience_ms!r:.40} must be 1 to 1,000,000")
         self.link = Link(url, sha256, token)
         self._classifier, self._patience = classifier, patience_ms / 1e3
-        self._ways = _measure_ways(classifier, partitions, segments, self.link)
-        # Milliseconds that the device took and that were expected, of late: others may use it, or
-        # it may be throttled.
-        self._took = self._expected = 1e-3
+        self._local, self._ways = _measure_ways(classifier, partitions, segments, self.link)
+        # Milliseconds that the device took, and those of its processor that were expected, of late:
+        # others may use it, or it may be throttled. A new profile begins this anew.
+        self._took = self._expected = 0.0
+        self._profile: Profile | None = None
         self._worked = 0.0  # milliseconds that all requests took
         # The choice depends on calibration: every policy gets a share of the risk.
         self._policies = 1 + len(partitions)
@@ -144,7 +145,7 @@ class RemoteRest:
         if way is None:
             began = time.perf_counter()
             probabilities, exit = self._classifier.run_at(image, point)
-            self._keep_pace(began, measured.median_ms[min(exit, len(measured.median_ms) - 1)])
+            self._keep_pace(began, self._local[min(exit, len(self._local) - 1)])
             return Answer(probabilities, exit, point, "device", 0, False)
         return self._partly(way, point, image, request, measured, started)
 
@@ -154,6 +155,9 @@ class RemoteRest:
         Planning takes time, too, so a plan stays for a while, unless the link has changed.
         """
         link, now = self.link, time.monotonic()
+        if measured is not self._profile:
+            self._profile = measured
+            self._took, self._expected = sum(measured.median_ms), sum(self._local)
         plan, version = self._plans.get(request), link.version
         if (
             plan is None
@@ -193,7 +197,7 @@ class RemoteRest:
             other = best.get(each.partition.name)
             if other is None or costs[-1] < other[1][-1]:
                 best[each.partition.name] = each, costs
-        local = [self._pace * cost for cost in measured.median_ms]
+        local = [self._pace * ms for ms in self._local]
         options: list[tuple[_Way | None, Policy, list[float]]] = [
             (None, self._classifier.policy, local)
         ]
@@ -234,10 +238,7 @@ class RemoteRest:
 
         Without `link`, what an exchange costs beside the server's work is left out.
         """
-        known = measured.median_ms[: way.partition.after + 1]
-        costs = [ms + more for ms, more in zip(known, way.more_ms, strict=False)]
-        costs.append(max(costs, default=0.0) + way.more_ms[-1])
-        costs = [self._pace * ms for ms in costs]
+        costs = [self._pace * ms for ms in way.ms]
         costs[-1] += self._server_ms(way, measured)
         if link:
             costs[-1] += 1e3 * self.link.seconds(way.size)
@@ -246,16 +247,17 @@ class RemoteRest:
     def _worst(self, way: _Way, measured: Profile) -> list[float]:
         """Milliseconds that these exits rarely exceed."""
         known = list(measured.p95_ms[: way.partition.after + 1])
-        last = (known[-1] if known else 0.0) + sum(way.more_ms[-2:])
+        last = max([self._pace * way.ms[-1], *known])
         last += 1e3 * self.link.worst_seconds(way.size) + self._server_ms(way, measured)
         return [*known, last]
 
     def _server_ms(self, way: _Way, measured: Profile) -> float:
-        return self.link.server_ms.get(way.after, measured.median_ms[-1])
+        link = self.link
+        return link.server_pace * link.server_ms.get(way.after, measured.median_ms[-1])
 
     @property
     def _pace(self) -> float:
-        """How many times longer than expected the device's own work takes of late."""
+        """How many times longer than its processor's the device's own work takes of late."""
         return self._took / self._expected
 
     def _keep_pace(self, began: float, expected: float) -> None:
@@ -278,7 +280,6 @@ class RemoteRest:
         assert segments is not None
         policy, after = way.partition.policy, way.partition.after
         began = time.perf_counter()
-        costs = [ms + more for ms, more in zip(measured.median_ms, way.more_ms[:-1], strict=False)]
         score = Score(policy.score, policy.score_weights)
         features: NDArray[Any] = image[None]
         earlier = np.empty((0, 1, len(self._classifier.classes)), np.float32)
@@ -288,14 +289,14 @@ class RemoteRest:
                 self._weigh(logits)
             earlier = _with(earlier, logits, policy.temperatures[exit])
             if score.at(earlier, exit)[0] > np.float32(point.thresholds[exit]):
-                self._keep_pace(began, costs[exit])
+                self._keep_pace(began, way.ms[exit])
                 return self._as_answer(earlier[-1], exit, point, "device", 0, False)
         deepest = self._deepest(request, measured, after)
         until = self._until(request, measured, after, deepest, started)
         sent, place, void = 0, "server", False
         try:
             message = way.message(image, features)
-            self._keep_pace(began, max(costs, default=0.0) + way.more_ms[-1])
+            self._keep_pace(began, way.ms[-1])
             sent = len(message) + self.link.head_bytes(way.after)
             reply = self._ask(way, message, until, request.deadline is not None)
             last = reply.probabilities
@@ -359,15 +360,19 @@ def _with(earlier: Floats, logits: Floats, temperature: float) -> Floats:
 
 def _measure_ways(
     classifier: "Classifier", partitions: Sequence[Partition], segments: Segments, link: Link
-) -> list[_Way]:
-    """The ways of all partitions, each timed on noise."""
+) -> tuple[list[float], list[_Way]]:
+    """The processor's milliseconds until each exit of the one file, and the ways of all partitions.
+
+    All on noise. How long a processor is at work is not changed by what else it does.
+    """
     image = np.random.default_rng(0).integers(0, 256, classifier.image_shape, np.uint8)
+    exits, deepest = len(classifier.policy.macs), max(each.after for each in partitions)
     features: dict[int, NDArray[Any]] = {-1: image[None]}
-    deepest = max(partition.after for partition in partitions)
     calls: dict[str, Callable[[], Any]] = {}
+    for exit in range(exits):
+        calls[f"file {exit}"] = partial(classifier.forced(exit), image)
     for exit in range(deepest + 1):
         features[exit] = segments.logits(exit, features[exit - 1])[1]
-        calls[f"file {exit}"] = partial(classifier.forced(exit), image)
         calls[f"segments {exit}"] = partial(_first_exits, segments, classifier.policy, exit, image)
     ways = []
     for each in partitions:
@@ -378,14 +383,16 @@ def _measure_ways(
             ways.append(_Way(each, codec, True, (), head + each.packed_bytes))
     for n, way in enumerate(ways):
         calls[str(n)] = partial(way.message, image, features[way.partition.after])
-    timed = time_interleaved(calls, 50, _MEASURE_SECONDS)
+    timed = time_interleaved(calls, _ROUNDS, _SECONDS, clock=time.thread_time)
     ms = {name: float(np.median(times)) for name, times in timed.items()}
-    more = [ms[f"segments {k}"] - ms[f"file {k}"] for k in range(deepest + 1)]
-    more = np.maximum.accumulate([0.0, *more])[1:].tolist()  # costs increase from exit to exit
-    return [
-        replace(way, more_ms=(*more[: way.partition.after + 1], ms[str(n)]))
-        for n, way in enumerate(ways)
-    ]
+    local = increasing([ms[f"file {k}"] for k in range(exits)])
+    parts = [ms[f"segments {k}"] for k in range(deepest + 1)]
+    timed_ways = []
+    for n, way in enumerate(ways):
+        known = parts[: way.partition.after + 1]
+        every = increasing([*known, max([0.0, *known]) + ms[str(n)]])
+        timed_ways.append(replace(way, ms=every))
+    return list(local), timed_ways
 
 
 def _first_exits(segments: Segments, policy: Policy, last: int, image: NDArray[np.uint8]) -> None:
