@@ -124,7 +124,7 @@ class Contenders:
         rest, measured = self.fixed._rest, self.fixed.measured
         rest._plan(Request(), measured)
         costs = [(way, rest._costs(way, measured)[-1]) for way in rest._ways]
-        local = (None, rest._pace * rest._local[-1])
+        local = (None, rest._pace(None) * rest._local[-1])
         codecs = {"raw": [], "neurosurgeon": [local], "jmdc": [local]}
         for way, cost in costs:
             kind = way.partition.codec
@@ -172,7 +172,7 @@ def accuracy(
     """Accuracy and share of images sent, on all test images, without a network."""
     rest = object.__new__(RemoteRest)
     rest._classifier, rest.link, rest._patience = classifier, Emulated(classifier), 1e9
-    rest._took = rest._expected = 1.0
+    rest._paces = {"": (1.0, 1.0, 0.0)}
     exits, right, sent = len(classifier.policy.macs), 0, 0
     full = classifier.forced(exits - 1)
     measured = Profile(tuple(range(1, exits + 1)), tuple(range(1, exits + 1)), 1)
@@ -185,7 +185,7 @@ def accuracy(
         else:
             part = next(each for each in classifier.partitions if each.name == way)
             codec = None if part.codec == RAW else parse_codec(part.codec)
-            path = _Way(part, codec, False, (0.0,) * exits, 0.0)
+            path = _Way(part, codec, False, (1.0,) * (exits + 1), 0.0)
             own = part.policy.point(point)
             reply = rest._partly(path, own, image, Request(), measured, time.monotonic())
             right += int(reply.probabilities.argmax()) == label

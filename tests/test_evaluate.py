@@ -11,7 +11,10 @@ from toys import CLASSES, SIZE, randomise, replace
 
 from edgeke.calibrate import calibrate
 from edgeke.data.dataset import channels_last
+from edgeke.device.classifier import Classifier
+from edgeke.device.codec import RAW, decode, encode, parse_codec
 from edgeke.device.manifest import MANIFEST, Manifest
+from edgeke.device.partitions import as_logits
 from edgeke.device.policy import RequirementResult
 from edgeke.device.scores import Score, calibrated_probabilities
 from edgeke.errors import InputError
@@ -22,7 +25,7 @@ from edgeke.graph.segments import export_segments, export_static, list_blocks
 from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import with_layout
-from edgeke.params import Evaluate, Requirement
+from edgeke.params import Evaluate, PartitionSettings, Requirement
 from edgeke.policy.cascade import run_cascade
 
 MACS, MAIN = (60, 80, 110), 90
@@ -46,7 +49,11 @@ def built(dataset, tmp_path_factory):
         static = export_static(alone, dataset.mean, dataset.std, SIZE)
         onnx.save(static, models / "static" / f"{name}.onnx")
         onnx.save(quantise(static, images), models / "static" / f"{name}.int8.onnx")
-    chosen = settings(score="learned", requirements=(Requirement(max_degradation=0.6),))
+    chosen = settings(
+        score="learned",
+        requirements=(Requirement(max_degradation=0.6),),
+        partitions=(PartitionSettings(0, ("q2",)), PartitionSettings(1, ("q4_r50",))),
+    )
     fp32 = None
     policies = {}
     for precision, graphs in both.items():
@@ -103,6 +110,50 @@ def test_points_and_those_who_leave_at_each_exit_follow_from_the_file(
     rows = [row for row in evaluation.leavers if row["point"] == f"{prefix}full".split("/", 1)[1]]
     assert [row["share"] for row in rows] == [0, 0, 1, 0]
     assert [row["accuracy"] is None for row in rows] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("precision", PREFIXES)
+def test_partitions_are_reported_as_device_and_server_would_answer(
+    built, evaluation, dataset, precision
+):
+    """Image by image, as they would travel; `evaluate` has them in batches."""
+    device, labels = Classifier(built[0], precision), dataset["test"].labels
+    segments, shares = device.open_segments(), []
+    assert [each.name for each in device.partitions] == ["after_0_q2", "after_1_q4_r50", "raw"]
+    for partition in device.partitions:
+        policy, after = partition.policy, partition.after
+        point = policy.point(policy.default)
+        score, rows, last = Score(policy.score, policy.score_weights), [], []
+        for image in channels_last(dataset["test"].images):
+            features, logits = image[None], []
+            for exit in range(3):
+                if exit == after + 1 and partition.codec != RAW:
+                    message = encode(features, parse_codec(partition.codec))
+                    features = decode(message, features.shape[1:], 1)
+                answer, features = segments.logits(exit, features)
+                logits.append(answer)
+            last.append(logits[-1])
+            own = device.policy.temperatures[-1:]
+            said = as_logits(calibrated_probabilities(logits[-1][None], own))
+            rows.append(np.concatenate([np.stack([*logits[: after + 1], said[0]])[:, :1]]))
+        probabilities = calibrated_probabilities(np.concatenate(rows, 1), policy.temperatures)
+        outcome = run_cascade(probabilities, score.of(probabilities), point.thresholds, point.votes)
+        start = f"{PREFIXES[precision]}partition/{partition.name}"
+        metrics = {k.removeprefix(f"{start}/"): v for k, v in evaluation.metrics.items()}
+        right = outcome.probabilities.argmax(-1) == labels
+        sent = (outcome.exit > after).mean()
+        shares.append(sent)
+        assert metrics["accuracy"] == pytest.approx(right.mean())
+        assert metrics["sent_share"] == pytest.approx(sent)
+        server = np.concatenate(last).argmax(-1) == labels
+        assert metrics["server_accuracy"] == pytest.approx(server.mean())
+        size = min(partition.sent_bytes, partition.packed_bytes)
+        assert metrics["bytes_per_image"] == pytest.approx(sent * size)
+        slow, fast = (metrics[f"latency_ms_at_{rate}_mbit"] for rate in (1, 100))
+        assert slow - fast == pytest.approx(sent * size * 8e-3 * 0.99)
+        assert fast >= sent * (20 + size * 8e-5)
+    assert shares[-1] == 1
+    assert 0 < min(shares) < 1, "of some partition some images are sent"
 
 
 @pytest.mark.parametrize("precision", PREFIXES)

@@ -212,6 +212,7 @@ class Link:
                 short.append(seconds)
                 long.append(self._measure(size, until)[1])
         except (LinkError, OSError, http.client.HTTPException, ValueError) as error:
+            self._surprised = True  # so that the next is small
             self._fail(f"{self.url}: {error or type(error).__name__}", True)
             return
         costs = content.get("milliseconds")
@@ -223,9 +224,13 @@ class Link:
         # less than the noise of a round trip says no more than that.
         per_byte = max(min(long) - min(short), min(short) / 16) / size
         if self._measured and self._retry is None:
+            known = self.round_trip
+            moved = min(short) > _SURPRISE * known or max(short) < known / _SURPRISE
             for seconds in short:
                 self._observe(0, seconds, probe=True)
             with self._lock:
+                if moved:
+                    self.round_trip = sum(short) / 2
                 noise = self.deviation / (size * max(per_byte, self.per_byte))
                 self.per_byte += (per_byte - self.per_byte) / (1 + noise**2)
             self._wait = _IDLE if self._surprised else min(2 * self._wait, _LONGEST_IDLE)

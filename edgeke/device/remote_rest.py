@@ -31,8 +31,9 @@ _ROUNDS, _SECONDS = 20, 1.0  # of measuring
 _WORTH = 0.9
 # Plans of so many requests are kept, each for requests of so many times the time it took to make.
 _PLANS, _KEPT = 64, 100
-# How much a request counts for the device's pace, and how much slower one may be than expected.
-_PACE, _SLOWEST = 0.03, 250.0
+# How much a request counts for the device's pace, how much slower one may be than expected, and for
+# how many seconds a way's own pace is known.
+_PACE, _SLOWEST, _KNOWN = 0.1, 250.0, 60.0
 # The device's own rest may take so many times its 95th percentile; and of a deadline so much is
 # kept back, 2 ms at least, since a process is not always woken at once.
 _SPARE, _KEPT_BACK = 1.1, 0.05
@@ -66,6 +67,10 @@ class _Way:
     pack: bool
     ms: tuple[float, ...]
     size: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.partition.name}{' zlib' if self.pack else ''}"
 
     @property
     def after(self) -> str:
@@ -118,9 +123,10 @@ class RemoteRest:
         self.link = Link(url, sha256, token)
         self._classifier, self._patience = classifier, patience_ms / 1e3
         self._local, self._ways = _measure_ways(classifier, partitions, segments, self.link)
-        # Milliseconds that the device took, and those of its processor that were expected, of late:
-        # others may use it, or it may be throttled. A new profile begins this anew.
-        self._took = self._expected = 0.0
+        # By way: milliseconds that the device took of late, those of its processor that were
+        # expected, and when. It may be throttled or busy, and pictures are not noise. A new profile
+        # begins this anew.
+        self._paces: dict[str, tuple[float, float, float]] = {}
         self._profile: Profile | None = None
         self._worked = 0.0  # milliseconds that all requests took
         # The choice depends on calibration: every policy gets a share of the risk.
@@ -145,7 +151,7 @@ class RemoteRest:
         if way is None:
             began = time.perf_counter()
             probabilities, exit = self._classifier.run_at(image, point)
-            self._keep_pace(began, self._local[min(exit, len(self._local) - 1)])
+            self._keep_pace(None, began, self._local[min(exit, len(self._local) - 1)])
             return Answer(probabilities, exit, point, "device", 0, False)
         return self._partly(way, point, image, request, measured, started)
 
@@ -157,7 +163,7 @@ class RemoteRest:
         link, now = self.link, time.monotonic()
         if measured is not self._profile:
             self._profile = measured
-            self._took, self._expected = sum(measured.median_ms), sum(self._local)
+            self._paces = {"": (sum(measured.median_ms), sum(self._local), 0.0)}
         plan, version = self._plans.get(request), link.version
         if (
             plan is None
@@ -197,7 +203,8 @@ class RemoteRest:
             other = best.get(each.partition.name)
             if other is None or costs[-1] < other[1][-1]:
                 best[each.partition.name] = each, costs
-        local = [self._pace * ms for ms in self._local]
+        pace = self._pace(None)
+        local = [pace * ms for ms in self._local]
         options: list[tuple[_Way | None, Policy, list[float]]] = [
             (None, self._classifier.policy, local)
         ]
@@ -238,7 +245,8 @@ class RemoteRest:
 
         Without `link`, what an exchange costs beside the server's work is left out.
         """
-        costs = [self._pace * ms for ms in way.ms]
+        pace = self._pace(way)
+        costs = [pace * ms for ms in way.ms]
         costs[-1] += self._server_ms(way, measured)
         if link:
             costs[-1] += 1e3 * self.link.seconds(way.size)
@@ -247,7 +255,7 @@ class RemoteRest:
     def _worst(self, way: _Way, measured: Profile) -> list[float]:
         """Milliseconds that these exits rarely exceed."""
         known = list(measured.p95_ms[: way.partition.after + 1])
-        last = max([self._pace * way.ms[-1], *known])
+        last = max([self._pace(way) * way.ms[-1], *known])
         last += 1e3 * self.link.worst_seconds(way.size) + self._server_ms(way, measured)
         return [*known, last]
 
@@ -255,16 +263,28 @@ class RemoteRest:
         link = self.link
         return link.server_pace * link.server_ms.get(way.after, measured.median_ms[-1])
 
-    @property
-    def _pace(self) -> float:
-        """How many times longer than its processor's the device's own work takes of late."""
-        return self._took / self._expected
+    def _pace(self, way: _Way | None) -> float:
+        """How many times longer than its processor's the device's work for a way takes of late.
 
-    def _keep_pace(self, began: float, expected: float) -> None:
-        """Count work that began at a moment and has ended now; milliseconds."""
+        What is known of a way is its own, and else that of the device alone (None).
+        """
+        took, expected, when = self._paces.get("" if way is None else way.name, (0.0, 0.0, 0.0))
+        if way is not None and time.monotonic() > when + _KNOWN:
+            return self._pace(None)
+        return took / expected
+
+    def _keep_pace(self, way: _Way | None, began: float, expected: float) -> None:
+        """Count a way's work of so many expected milliseconds that began at a moment."""
         took = min(1e3 * (time.perf_counter() - began), _SLOWEST * expected)
-        self._took += _PACE * (took - self._took)
-        self._expected += _PACE * (expected - self._expected)
+        name = "" if way is None else way.name
+        old_took, old, when = self._paces.get(name, (0.0, 0.0, -math.inf))
+        now = time.monotonic()
+        if way is not None and now > when + _KNOWN:
+            mean = sum(way.ms) / len(way.ms)
+            old_took, old = self._pace(None) * mean, mean
+        old_took += _PACE * (took - old_took)
+        old += _PACE * (expected - old)
+        self._paces[name] = old_took, old, now
 
     def _partly(
         self,
@@ -289,14 +309,14 @@ class RemoteRest:
                 self._weigh(logits)
             earlier = _with(earlier, logits, policy.temperatures[exit])
             if score.at(earlier, exit)[0] > np.float32(point.thresholds[exit]):
-                self._keep_pace(began, way.ms[exit])
+                self._keep_pace(way, began, way.ms[exit])
                 return self._as_answer(earlier[-1], exit, point, "device", 0, False)
         deepest = self._deepest(request, measured, after)
         until = self._until(request, measured, after, deepest, started)
         sent, place, void = 0, "server", False
         try:
             message = way.message(image, features)
-            self._keep_pace(began, way.ms[-1])
+            self._keep_pace(way, began, way.ms[-1])
             sent = len(message) + self.link.head_bytes(way.after)
             reply = self._ask(way, message, until, request.deadline is not None)
             last = reply.probabilities
