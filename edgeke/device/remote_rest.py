@@ -123,6 +123,9 @@ class RemoteRest:
         self.link = Link(url, sha256, token)
         self._classifier, self._patience = classifier, patience_ms / 1e3
         self._local, self._ways = _measure_ways(classifier, partitions, segments, self.link)
+        # A default point is for these requests alone, where it keeps what the device's own keeps.
+        own = _kept(classifier.policy)
+        self._usual = {p.name for p in partitions if not own & _unmet(p.policy)}
         # By way: milliseconds that the device took of late, those of its processor that were
         # expected, and when. It may be throttled or busy, and pictures are not noise. A new profile
         # begins this anew.
@@ -173,7 +176,7 @@ class RemoteRest:
             ways = self._ways if link.usable else []
             ways = [way for way in ways if link.seconds(way.size) < self._patience]
             way, point, cost = self._best(request, measured, ways)
-            open = request != Request(delta=request.delta) or self._hope(measured, _WORTH * cost)
+            open = not _asks_nothing(request) or self._hope(measured, _WORTH * cost)
             until = self._worked + 1e3 * _KEPT * (time.monotonic() - now)
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
@@ -185,6 +188,8 @@ class RemoteRest:
     def _hope(self, measured: Profile, limit: float) -> bool:
         """Whether some way would cost less than a limit if its link cost nothing."""
         for way in self._ways:
+            if way.partition.name not in self._usual:
+                continue
             policy, costs = way.partition.policy, self._costs(way, measured, link=False)
             if policy.point(policy.default).expected_cost(costs) < limit:
                 return True
@@ -197,6 +202,8 @@ class RemoteRest:
         ways: Sequence[_Way],
     ) -> tuple[_Way | None, OperatingPoint, float]:
         shared = self._shared(request)
+        if _asks_nothing(request):
+            ways = [way for way in ways if way.partition.name in self._usual]
         best: dict[str, tuple[_Way, list[float]]] = {}  # of those with and without zlib
         for each in ways:
             costs = self._costs(each, measured)
@@ -235,7 +242,7 @@ class RemoteRest:
 
         Without a requirement every policy has its default point, which keeps its promise by itself.
         """
-        if request == Request(delta=request.delta):
+        if _asks_nothing(request):
             return request
         delta = self._classifier.policy.delta if request.delta is None else request.delta
         return replace(request, delta=delta / self._policies)
@@ -371,6 +378,20 @@ class RemoteRest:
         rest = (measured.p95_ms[deepest] - before) / 1e3
         deadline = request.deadline / 1e3
         return min(patience, started + deadline - _SPARE * rest - max(2e-3, _KEPT_BACK * deadline))
+
+
+def _asks_nothing(request: Request) -> bool:
+    return request == Request(delta=request.delta)
+
+
+def _kept(policy: Policy) -> set[str]:
+    """The requirements that a policy's default point keeps, as far as they can be kept."""
+    kinds = ("max_degradation", "min_accuracy", "max_miss")
+    return {r.name for r in policy.requirements if r.kind in kinds} - _unmet(policy)
+
+
+def _unmet(policy: Policy) -> set[str]:
+    return {result.name for result in policy.unmet}
 
 
 def _with(earlier: Floats, logits: Floats, temperature: float) -> Floats:
