@@ -34,6 +34,7 @@ _PLANS, _KEPT = 64, 100
 # How much a request counts for the device's pace, how much slower one may be than expected, and for
 # how many seconds a way's own pace is known.
 _PACE, _SLOWEST, _KNOWN = 0.1, 250.0, 60.0
+_NOTHING = (1.0, 1.0, -math.inf)
 # The device's own rest may take so many times its 95th percentile; and of a deadline so much is
 # kept back, 2 ms at least, since a process is not always woken at once.
 _SPARE, _KEPT_BACK = 1.1, 0.05
@@ -275,7 +276,7 @@ class RemoteRest:
 
         What is known of a way is its own, and else that of the device alone (None).
         """
-        took, expected, when = self._paces.get("" if way is None else way.name, (0.0, 0.0, 0.0))
+        took, expected, when = self._paces.get("" if way is None else way.name, _NOTHING)
         if way is not None and time.monotonic() > when + _KNOWN:
             return self._pace(None)
         return took / expected
@@ -284,7 +285,7 @@ class RemoteRest:
         """Count a way's work of so many expected milliseconds that began at a moment."""
         took = min(1e3 * (time.perf_counter() - began), _SLOWEST * expected)
         name = "" if way is None else way.name
-        old_took, old, when = self._paces.get(name, (0.0, 0.0, -math.inf))
+        old_took, old, when = self._paces.get(name, _NOTHING)
         now = time.monotonic()
         if way is not None and now > when + _KNOWN:
             mean = sum(way.ms) / len(way.ms)
