@@ -6,14 +6,24 @@
 `delay_ms` is that of one direction. Faults are drawn per request, and change what comes back:
 `stall` (0.2 to 2 s), `silence` (10 s), `garbage`, `half` (of the reply, then the end), `swap` (the
 id of another request), `reset`, `refuse` (a new connection). The seed makes them repeatable.
+
+`python -m benchmarks.link` (as root, with iproute2) compares it with the kernel: milliseconds of an
+exchange, of so many bytes and a byte back, between network namespaces whose link has `tc tbf`'s
+rate, and through the proxy at the same rate. The last line is JSON.
 """
 
 import asyncio
 import contextlib
+import json
 import multiprocessing
 import random
 import re
+import socket
+import statistics
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -175,3 +185,84 @@ def _serve(host: str, port: int, seed: int, control: Connection) -> None:
         await asyncio.Event().wait()
 
     asyncio.run(run())
+
+
+# A server that answers each message, a length and so many bytes, with one byte.
+_ECHO = """
+import socket, struct
+server = socket.create_server(("0.0.0.0", 0))
+print(server.getsockname()[1], flush=True)
+while True:
+    connection, _ = server.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while head := connection.recv(4, socket.MSG_WAITALL):
+        connection.recv(struct.unpack(">I", head)[0], socket.MSG_WAITALL)
+        connection.sendall(b"!")
+"""
+
+
+def _exchanges(host: str, port: int, size: int, count: int = 15) -> list[float]:
+    """Milliseconds of exchanges, one after the other, the first left out."""
+    message = size.to_bytes(4, "big") + bytes(size)
+    times = []
+    with socket.create_connection((host, port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(count):
+            started = time.perf_counter()
+            connection.sendall(message)
+            connection.recv(1)
+            times.append(1e3 * (time.perf_counter() - started))
+    return times[1:]
+
+
+def _namespaces(rate_mbit: float) -> str:
+    """Two connected network namespaces; what ek-a sends is shaped."""
+    return f"""
+        ip netns add ek-a; ip netns add ek-b
+        ip link add ek-va netns ek-a type veth peer name ek-vb netns ek-b
+        ip -n ek-a addr add 10.99.0.1/24 dev ek-va; ip -n ek-b addr add 10.99.0.2/24 dev ek-vb
+        ip -n ek-a link set ek-va up; ip -n ek-b link set ek-vb up
+        ip netns exec ek-a tc qdisc add dev ek-va root tbf rate {rate_mbit}mbit burst 3kb latency 2s
+        ip netns exec ek-a ethtool -K ek-va tso off gso off 2>/dev/null || true
+    """
+
+
+def main() -> None:
+    if len(sys.argv) > 1:  # in ek-a
+        host, port, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+        print(json.dumps(_exchanges(host, port, size)))
+        return
+    rows = []
+    for rate in (0.5, 1.0, 10.0, 100.0):
+        subprocess.run(["bash", "-ec", _namespaces(rate)], check=True)
+        inside = [sys.executable, "-c", _ECHO]
+        pipe = subprocess.PIPE
+        try:
+            with (
+                subprocess.Popen(
+                    ["ip", "netns", "exec", "ek-b", *inside], stdout=pipe, text=True
+                ) as far,
+                subprocess.Popen(inside, stdout=pipe, text=True) as near,
+            ):
+                far_port, near_port = far.stdout.readline(), near.stdout.readline()
+                with Link("127.0.0.1", int(near_port)) as link:
+                    link.set(rate_mbit=rate)
+                    for size in (1_000, 5_000, 20_000):
+                        command = ["ip", "netns", "exec", "ek-a", sys.executable, "-m"]
+                        command += ["benchmarks.link", "10.99.0.2", far_port.strip(), str(size)]
+                        done = subprocess.run(command, stdout=pipe, text=True, check=True)
+                        kernel = statistics.median(json.loads(done.stdout))
+                        proxy = statistics.median(_exchanges("127.0.0.1", link.port, size))
+                        row = {"mbit": rate, "bytes": size, "tbf_ms": kernel, "proxy_ms": proxy}
+                        row["nominal_ms"] = 8e-3 * size / rate
+                        rows.append({key: round(value, 3) for key, value in row.items()})
+                        print(rows[-1], flush=True)
+                far.kill()
+                near.kill()
+        finally:
+            subprocess.run(["bash", "-c", "ip netns del ek-a; ip netns del ek-b"], check=False)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML  # reads YAML 1.2, as DVC does: `010` is ten, a repeated key an error
 
 from edgeke.errors import InputError
-from edgeke.learning.orders import ORDERS
+from edgeke.learning.orders import ORDERS, with_codec
 from edgeke.networks.architecture import (
     Backbone,
     ExitSpec,
@@ -104,6 +104,20 @@ class KD:
     paper_weights: Switch
 
 
+CodecName = Annotated[str, Field(pattern=r"^(f32|f16|q8|q6|q4|q2)(_r[1-9][0-9]?)?$")]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class CodecInLoop:
+    """What is behind exit `after` learns from features as `codec` lets them through."""
+
+    after: Annotated[Whole, Field(ge=0, le=1000)]
+    codec: CodecName
+
+    def __post_init__(self) -> None:
+        _use(self.codec != "f32", "a codec that changes something, such as q4")
+
+
 @dataclass(frozen=True, config=_CONFIG)
 class BranchyNet:
     """Where the exits are, and how they are trained."""
@@ -112,6 +126,7 @@ class BranchyNet:
     order: Literal["independent", "synchronous", "asynchronous", "asynchronous_back", "mixed"]
     main_weight: Share
     detach: Switch
+    codec: CodecInLoop | None = None
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -286,9 +301,6 @@ class Proportions:
         one = (self.of_reaching is None) != (self.of_all is None)
         _use(one, "one share, or {of_reaching: [...]}, or {of_all: [...]}")
         _use(sum(self.of_all or ()) < 1 + 1e-9, "shares of all images that sum to at most 1")
-
-
-CodecName = Annotated[str, Field(pattern=r"^(f32|f16|q8|q6|q4|q2)(_r[1-9][0-9]?)?$")]
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -593,10 +605,19 @@ def check_exits(params: Params, exits: int) -> None:
         )
     order, depths = params.branchynet.order, tuple(range(1, exits + 1))
     epochs, phases = params.profile.recipes.train_branchynet.epochs, ORDERS[order](depths).phases
+    codec = params.branchynet.codec
+    if codec is not None:
+        if codec.after > exits - 2:
+            raise InputError(
+                f"branchynet.codec.after = {codec.after}, but of {exits} exits the last one that "
+                f"has others behind it is {exits - 2}"
+            )
+        phases = with_codec(ORDERS[order](depths), depths, codec.after).phases
     if isinstance(epochs, tuple) and len(epochs) != len(phases):
         raise InputError(
             f"profiles.{params.profile_name}.recipes.train_branchynet.epochs = {_shown(epochs)}, "
-            f"but order {order} has {len(phases)} phases; give as many numbers, or one for all"
+            f"but order {order}{', with a codec,' if codec else ''} has {len(phases)} phases; give "
+            "as many numbers, or one for all"
         )
 
 
@@ -620,6 +641,11 @@ def _check_together(params: Params) -> None:
                 f"student.prune changes the trunk, and profiles.{params.profile_name}.student has "
                 "trunk: frozen; use trunk: finetuned, or set student.prune to null"
             )
+    if params.branchynet.codec is not None and order == "independent":
+        raise InputError(
+            "branchynet.codec needs a trunk that exits share, but order is independent; use "
+            "another order, or no codec"
+        )
     side = max(sides(params.profile.data.image_size))
     if mixing.cutout >= side:
         raise InputError(

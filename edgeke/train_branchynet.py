@@ -7,21 +7,22 @@ import torch
 from torch import nn
 
 from edgeke.data.dataset import Dataset
+from edgeke.device.codec import parse_codec
 from edgeke.learning.architectures import start_weights
 from edgeke.learning.fit import OnEpoch, fit
 from edgeke.learning.frozen import keep_statistics
 from edgeke.learning.frozen_trunk import Features
 from edgeke.learning.images import Images
 from edgeke.learning.objectives import Objective, class_weights, make_objective
-from edgeke.learning.orders import Order
+from edgeke.learning.orders import Order, Phase, without_codec
 from edgeke.learning.parallel import local_device
-from edgeke.learning.phases import OneExit, phase_network
+from edgeke.learning.phases import CodedExits, OneExit, phase_network
 from edgeke.learning.predict import evaluate
 from edgeke.learning.resume import ResumeFile, fingerprint
 from edgeke.learning.trained import Trained
 from edgeke.networks.architecture import Architecture
 from edgeke.networks.branchynet import BranchyNet
-from edgeke.params import KD, Network, Plan
+from edgeke.params import KD, CodecInLoop, Network, Plan
 
 
 def train_branchynet(
@@ -37,6 +38,7 @@ def train_branchynet(
     seed: int,
     weights: tuple[float, ...],
     detach: bool,
+    codec: CodecInLoop | None = None,
     on_epoch: OnEpoch,
 ) -> tuple[Trained, BranchyNet]:
     """Train a BranchyNet from distilled branches; returns it, and its plain baseline.
@@ -48,7 +50,9 @@ def train_branchynet(
     main one, or all where the trunk is frozen.
     `plans` has one plan for each phase; what later phases do not train again stays unchanged.
     Where exits learn together, their losses have the weights `weights` `[E]`, and with `detach`
-    the early exits do not move the trunk. The history has one row an epoch, its keys named by exit.
+    the early exits do not move the trunk. With `codec` what is behind its exit learns from features
+    that went through it: in joint phases, or else in the order's last phase. The history has one
+    row an epoch, its keys named by exit.
     Needs the splits train and validation.
 
     The baseline is the main network without early exits, trained as long as the main exit: a copy
@@ -59,6 +63,9 @@ def train_branchynet(
     images = Images.of(dataset, device)
     teacher = teacher.to(device) if teacher else None
     main = len(student.exits) - 1
+    behind = None
+    if codec is not None:
+        order, behind = without_codec(order, student.depths)
     by_teacher = kd.source == "teacher" or kd.distance == "none"
     if start.trunk == "frozen" and by_teacher:
         order = replace(order, starts=tuple(range(main + 1)), phases=())
@@ -84,6 +91,8 @@ def train_branchynet(
         "data": dataset.sha256,
         "teacher": fingerprint(teacher),
     }
+    if codec is not None:
+        depends_on["codec"] = codec
     if start.weights is not None and plans and plans[0].optimisation.keep_statistics:
         keep_statistics(network.backbone)
         keep_statistics(plain.backbone)
@@ -133,10 +142,11 @@ def train_branchynet(
         )
         view = features.view({exit: network.exits[exit] for exit in learn})
         train(0, network, view, objective, tuple(f"exit_{exit}" for exit in learn), features)
-        history = [rows[epoch] for epoch in sorted(rows)]
         plain = network.branch(main) if main in learn else plain
-        return Trained(network.eval(), history, tuple(resumes), len(history)), plain.eval()
-    for number, phase in enumerate(order.phases):
+        phases: tuple[Phase, ...] = ()
+    else:
+        phases = order.phases
+    for number, phase in enumerate(phases):
         joint = len(phase.exits) > 1
         smoothing = plans[number].optimisation.label_smoothing
         balance = class_weights(images, plans[number].optimisation)
@@ -153,12 +163,25 @@ def train_branchynet(
             paper_factor=order.paper_factor,
         )
         view = phase_network(network, phase, detach=detach)
+        if joint and codec is not None:
+            view = CodedExits(network, phase, codec.after, parse_codec(codec.codec), detach)
         train(number, network, view, objective, tuple(f"exit_{exit}" for exit in phase.exits))
         if joint:
             alone = make_objective(
                 kd, teacher, joint=True, label_smoothing=smoothing, class_weights=balance
             )
             train(number, plain, plain, alone, ("plain",))
+    if codec is not None and behind is not None:
+        objective = make_objective(
+            replace(kd, source="teacher"),
+            teacher,
+            joint=True,
+            label_smoothing=plans[-1].optimisation.label_smoothing,
+            class_weights=class_weights(images, plans[-1].optimisation),
+        )
+        view = CodedExits(network, behind, codec.after, parse_codec(codec.codec), detach)
+        names = tuple(f"coded_exit_{exit}" for exit in behind.exits)
+        train(len(plans) - 1, network, view, objective, names)
     history = [rows[epoch] for epoch in sorted(rows)]
     return Trained(network.eval(), history, tuple(resumes), len(history)), plain.eval()
 

@@ -14,7 +14,7 @@ from edgeke.learning.checkpoints import (
     load_teacher,
     save_checkpoint,
 )
-from edgeke.learning.orders import ORDERS
+from edgeke.learning.orders import ORDERS, with_codec
 from edgeke.params import Params
 from edgeke.tracking.runs import Run
 from edgeke.train_branchynet import exit_metrics, train_branchynet
@@ -35,6 +35,8 @@ def run(params: Params, log: Run) -> dict[str, float]:
     shapes = pruned.architecture.backbone.pruned if pruned else ()
     student = student_architecture(start, settings.layout, dataset, shared=shared, pruned=shapes)
     order, exits = ORDERS[settings.order](student.depths), len(student.exits)
+    if settings.codec is not None:
+        order = with_codec(order, student.depths, settings.codec.after)
     plans = [params.plan(phase) for phase in recipe.phases(len(order.phases))]
     branches = {
         branch: load_checkpoint(Path(f"models/branches/{branch}"), cpu, preprocessing)[0]
@@ -57,6 +59,7 @@ def run(params: Params, log: Run) -> dict[str, float]:
         seed=params.seed,
         weights=settings.weights(exits),
         detach=settings.detach,
+        codec=settings.codec,
         on_epoch=log.epoch,
     )
     metrics = exit_metrics(trained.network, plain, dataset)

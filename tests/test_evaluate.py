@@ -11,18 +11,30 @@ from toys import CLASSES, SIZE, randomise, replace
 
 from edgeke.calibrate import calibrate
 from edgeke.data.dataset import channels_last
+from edgeke.device.classifier import Classifier
+from edgeke.device.codec import RAW, decode, encode, parse_codec
 from edgeke.device.manifest import MANIFEST, Manifest
+from edgeke.device.partitions import as_logits
 from edgeke.device.policy import RequirementResult
 from edgeke.device.scores import Score, calibrated_probabilities
 from edgeke.errors import InputError
-from edgeke.evaluate import Evaluation, evaluate, headline, inspected, kept, write_samples
+from edgeke.evaluate import (
+    Evaluation,
+    divided,
+    evaluate,
+    headline,
+    inspected,
+    kept,
+    through_partition,
+    write_samples,
+)
 from edgeke.graph.quantise import quantise, quantise_segments
 from edgeke.graph.runner import segment_logits
 from edgeke.graph.segments import export_segments, export_static, list_blocks
 from edgeke.networks.architecture import Backbone
 from edgeke.networks.branchynet import BranchyNet
 from edgeke.networks.layouts import with_layout
-from edgeke.params import Evaluate, Requirement
+from edgeke.params import Evaluate, PartitionSettings, Requirement
 from edgeke.policy.cascade import run_cascade
 
 MACS, MAIN = (60, 80, 110), 90
@@ -46,7 +58,11 @@ def built(dataset, tmp_path_factory):
         static = export_static(alone, dataset.mean, dataset.std, SIZE)
         onnx.save(static, models / "static" / f"{name}.onnx")
         onnx.save(quantise(static, images), models / "static" / f"{name}.int8.onnx")
-    chosen = settings(score="learned", requirements=(Requirement(max_degradation=0.6),))
+    chosen = settings(
+        score="learned",
+        requirements=(Requirement(max_degradation=0.6),),
+        partitions=(PartitionSettings(0, ("q2",)), PartitionSettings(1, ("q4_r50",))),
+    )
     fp32 = None
     policies = {}
     for precision, graphs in both.items():
@@ -103,6 +119,60 @@ def test_points_and_those_who_leave_at_each_exit_follow_from_the_file(
     rows = [row for row in evaluation.leavers if row["point"] == f"{prefix}full".split("/", 1)[1]]
     assert [row["share"] for row in rows] == [0, 0, 1, 0]
     assert [row["accuracy"] is None for row in rows] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("precision", PREFIXES)
+def test_partitions_are_reported_as_device_and_server_would_answer(
+    built, evaluation, dataset, precision
+):
+    """Image by image, as they would travel; also at a point that sends about half of them."""
+    device, prefix = Classifier(built[0], precision), PREFIXES[precision].removeprefix("test/")
+    images, labels = dataset["test"].images, dataset["test"].labels
+    segments, shares = device.open_segments(), []
+    files = [built[0] / "segments" / precision / f"{exit}.onnx" for exit in range(3)]
+    own = calibrated_probabilities(built[1][precision][1], device.policy.temperatures)
+    assert [each.name for each in device.partitions] == ["after_0_q2", "after_1_q4_r50", "raw"]
+    for partition in device.partitions:
+        policy, after = partition.policy, partition.after
+        score, rows = Score(policy.score, policy.score_weights), []
+        for image in channels_last(images):
+            features, logits = image[None], []
+            for exit in range(3):
+                if exit == after + 1 and partition.codec != RAW:
+                    message = encode(features, parse_codec(partition.codec))
+                    features = decode(message, features.shape[1:], 1)
+                answer, features = segments.logits(exit, features)
+                logits.append(answer)
+            last = calibrated_probabilities(logits[-1][None], device.policy.temperatures[-1:])
+            rows.append(np.stack([*logits[: after + 1], as_logits(last)[0]]))
+        probabilities = calibrated_probabilities(np.concatenate(rows, 1), policy.temperatures)
+        half = min(policy.points, key=lambda p: abs(p.reached[-1] / p.samples - 0.5)).name
+        for point in (policy.point(policy.default), policy.point(half)):
+            changed = replace(partition, policy=replace(policy, default=point.name))
+            values = divided(
+                changed, device.policy, list(own), through_partition(changed, files, images),
+                labels, labels >= 0, evaluation.metrics, prefix,
+            )  # fmt: skip
+            if point.name == policy.default:
+                start = f"test/{prefix}partition/{partition.name}/"
+                assert evaluation.metrics[f"{start}accuracy"] == pytest.approx(values["accuracy"])
+                assert evaluation.metrics[f"{start}sent_share"] == values["sent_share"]
+            outcome = run_cascade(
+                probabilities, score.of(probabilities), point.thresholds, point.votes
+            )
+            right, sent = outcome.probabilities.argmax(-1) == labels, outcome.exit > after
+            shares.append(sent.mean())
+            assert values["accuracy"] == pytest.approx(right.mean())
+            assert values["degradation"] == pytest.approx(1 - right.mean())
+            assert values["sent_share"] == pytest.approx(sent.mean())
+            server = probabilities[-1].argmax(-1) == labels
+            assert values["server_accuracy"] == pytest.approx(server.mean())
+            size = sent.mean() * min(partition.sent_bytes, partition.packed_bytes)
+            assert values["bytes_per_image"] == pytest.approx(size)
+            slow, fast = (values[f"latency_ms_at_{rate}_mbit"] for rate in (1, 100))
+            assert slow - fast == pytest.approx(size * 8e-3 * 0.99)
+            assert fast >= 20 * sent.mean() + size * 8e-5
+    assert any(0 < share < 1 for share in shares)
 
 
 @pytest.mark.parametrize("precision", PREFIXES)

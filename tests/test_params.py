@@ -50,6 +50,10 @@ def test_the_projects_own_parameters_are_valid_for_every_profile(content):
         ("seed", 2**31, ["seed = 2147483648", "less than 2147483648"]),
         ("profile", "digit", ["profile = 'digit'", "digits, tiny"]),
         ("profile_name", "x", ["unknown key `profile_name`"]),
+        ("branchynet.codec", {"after": 0, "codec": "q5"}, ["branchynet.codec.codec", "q5"]),
+        ("branchynet.codec", {"after": 0, "codec": "f32"}, ["branchynet.codec", "such as q4"]),
+        ("branchynet.codec", {"after": 2, "codec": "q4"}, ["after = 2", "others behind it is 1"]),
+        ("branchynet.codec", "q4", ["branchynet.codec", "section"]),
         ("branchynet.layout", "paper", ["layout 'paper' is unknown", "edgeke, stages"]),
         ("branchynet.layout", [], ["branchynet.layout"]),
         ("branchynet.layout", [0.5, 0.5], ["two exits to 0.5"]),
@@ -130,6 +134,17 @@ def test_a_typo_in_a_profile_that_is_not_chosen_is_reported(content):
     content["profiles"]["cifar10"]["techer"] = content["profiles"]["cifar10"].pop("teacher")
     with pytest.raises(InputError, match=r"profiles\.cifar10\.techer.*did you mean `teacher`"):
         params.parse(content)
+
+
+def test_a_codec_needs_a_shared_trunk_and_a_phase_of_its_own(content):
+    put(content, "branchynet.codec", {"after": 0, "codec": "q2"})
+    params.parse(content)
+    epochs = "profiles.digits.recipes.train_branchynet.epochs"
+    with pytest.raises(InputError, match="with a codec, has 3 phases"):
+        params.parse(put(copy.deepcopy(content), epochs, [8, 8]))
+    params.parse(put(copy.deepcopy(content), epochs, [8, 8, 4]))
+    with pytest.raises(InputError, match="order is independent"):
+        params.parse(put(content, "branchynet.order", "independent"))
 
 
 def test_a_profile_whose_name_dvc_would_split_is_refused(content):

@@ -460,13 +460,8 @@ class Classifier:
         passed = time.perf_counter() - started
         answer = rest.answer(image, request, time.monotonic() - passed)
         seconds = time.perf_counter() - started
-        prediction = self._prediction(answer.probabilities, answer.exit, seconds, answer.point)
-        return replace(
-            prediction,
-            place=answer.place,
-            sent_bytes=answer.sent_bytes,
-            promise_void=answer.void,
-        )
+        where = (answer.place, answer.sent_bytes, answer.void)
+        return self._prediction(answer.probabilities, answer.exit, seconds, answer.point, *where)
 
     def _run(
         self, image: NDArray[np.uint8], plan: _Plan, weighed: bool = True
@@ -527,13 +522,18 @@ class Classifier:
         exit: int,
         seconds: float,
         point: OperatingPoint | None,
+        place: str = "device",
+        sent: int = 0,
+        void: bool = False,
     ) -> Prediction:
         label, name = int(probabilities.argmax()), ""
         if point is not None and point.unsure and exit == len(self.policy.macs):
             label, name = -1, "unsure"
         name = name or self.classes[label]
         milliseconds, promised = seconds * 1e3, self.promised
-        return Prediction(label, name, probabilities, exit, milliseconds, point, promised)
+        return Prediction(
+            label, name, probabilities, exit, milliseconds, point, promised, place, sent, void
+        )
 
     def _arrays(self, point: OperatingPoint) -> _Plan:
         bias = point.bias or [0.0] * len(self.classes)

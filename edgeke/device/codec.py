@@ -75,7 +75,7 @@ def encode(features: Floats, codec: Codec, pack: bool = False) -> bytes:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
             bitmaps, values = _select(values, kept)
         parts.append(bitmaps)
-    group = math.gcd(channels, _GROUP)
+    group = channel_group(channels)
     if codec.bits > 8:
         if not np.isfinite(values).all():
             raise InputError("the features are not finite; the model is broken or its input is")
@@ -114,7 +114,7 @@ def decode(message: bytes | memoryview, shape: _Shape, most: int) -> Floats:
     positions = height * width
     columns = kept + (kept < positions)
     sound = bits in (32, 16, 8, 6, 4, 2) and packed in (0, 1) and 1 <= kept <= positions
-    if not sound or group != math.gcd(channels, _GROUP):
+    if not sound or group != channel_group(channels):
         raise InputError("the header of the features contradicts itself")
     bitmap = -(-positions // 8) if kept < positions else 0
     ranges = 0 if bits > 8 else 8 * channels // group
@@ -139,6 +139,11 @@ def decode(message: bytes | memoryview, shape: _Shape, most: int) -> Floats:
         marks = np.frombuffer(content, np.uint8, taken).reshape(count, bitmap)
         values = _spread(values, marks, positions, kept)
     return values.reshape(count, *shape)
+
+
+def channel_group(channels: int) -> int:
+    """How many channels share a range."""
+    return math.gcd(channels, _GROUP)
 
 
 def kept_positions(positions: int, share: float) -> int:

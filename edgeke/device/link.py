@@ -24,13 +24,18 @@ from edgeke.errors import InputError
 _MODEL = "/v2/models/edgeke/after"
 _MOST = 2**22  # bytes of an answer
 _IDLE_CONNECTIONS = 8
-# How much a new measurement counts, and how far one may be from what was expected.
-_GAIN, _FURTHEST = 0.3, 16.0
+# Of what is learnt from an exchange, as shares: the error of one measurement, how far one may be
+# from what was expected, how much round trip and rate may change meanwhile, and round trip while
+# idle.
+_NOISE, _FURTHEST = 0.3, 16.0
+_DRIFT, _IDLE_DRIFT = {"round_trip": 0.1, "per_byte": 0.03}, 0.3
+_GAIN = 0.3  # how much one counts for milliseconds of the server, and for the deviation
 _SURPRISE = 2.0
 # Seconds: of a probe at most; without traffic before the next; between two after a surprise.
 _PROBE_SECONDS, _IDLE, _SOON = 2.0, 2.0, 0.5
+_LONGEST_IDLE = 16.0  # what is as expected is measured half as often, down to this
 _PROBE_BYTES = (2**10, 2**14)  # of a probe for the rate, least and most
-_PROBE_SHARE = 0.05  # seconds that it should take
+_PROBE_SHARE = 0.02  # seconds that it should take
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
 _FAILURES = 2  # in a row, then the server is left alone for a while
 
@@ -92,12 +97,15 @@ class Link:
         self._ids = itertools.count()
         self.trouble: str | None = None  # what failed last, until something works
         self.round_trip, self.per_byte, self.deviation = 0.05, 1e-6, 0.02  # until measured
-        self.server_ms: dict[str, float] = {}
+        self._doubt = {"round_trip": 1.0, "per_byte": 1.0}  # variances, as shares
+        self._measured = False  # whether a probe has come back
+        self.server_ms: dict[str, float] = {}  # as it says when it is probed
+        self.server_pace = 1.0  # how many times longer it has taken since
         self._failures, self._pause = 0, _FIRST_PAUSE
         self._retry: float | None = 0.0  # when an unreachable server is tried again
         self._seen = self._probed = -_IDLE
-        self._surprised = False
-        self.version = 0  # grows when an estimate changes
+        self._surprised, self._wait = False, _IDLE
+        self.version = 0  # grows when there is news: of a probe, a surprise, a failure
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -150,8 +158,9 @@ class Link:
             raise LinkError(words) from error
         took = time.monotonic() - started
         self._observe(len(request), took - reply.server_ms / 1e3)
-        known = self.server_ms.get(after, reply.server_ms)
-        self.server_ms[after] = known + _GAIN * (reply.server_ms - known)
+        known = self.server_ms.setdefault(after, reply.server_ms)
+        ratio = min(max(reply.server_ms / max(known, 1e-3), 1 / _FURTHEST), _FURTHEST)
+        self.server_pace += _GAIN * (ratio - self.server_pace)
         self._succeed(True)
         return reply
 
@@ -173,7 +182,7 @@ class Link:
         elif self._surprised:
             due = now >= self._probed + _SOON
         else:
-            due = now >= max(self._seen, self._probed) + _IDLE
+            due = now >= max(self._seen, self._probed) + self._wait
         if due and self._probing.acquire(blocking=False):
 
             def run() -> None:
@@ -185,7 +194,8 @@ class Link:
             threading.Thread(target=run, name="edgeke-probe", daemon=True).start()
 
     def _probe(self) -> None:
-        self._probed, self._surprised = time.monotonic(), False
+        self._probed, surprised = time.monotonic(), self._surprised
+        self._surprised = False
         until = self._probed + _PROBE_SECONDS
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
@@ -193,10 +203,16 @@ class Link:
             )[0]
             self._address = (family, kind, protocol, address)
             self._send(self._head("", 0, ""), until)  # opens the connection
-            content, round_trip = self._measure(0, until)
-            size = int(min(max(_PROBE_SHARE / self.per_byte, _PROBE_BYTES[0]), _PROBE_BYTES[1]))
-            _, longer = self._measure(size, until)
+            size, most = _PROBE_BYTES
+            if not surprised:  # else the rate is in doubt, and little is sent
+                size = int(min(max(_PROBE_SHARE / self.per_byte, size), most))
+            short, long = [], []
+            for _ in range(2):
+                content, seconds = self._measure(0, until)
+                short.append(seconds)
+                long.append(self._measure(size, until)[1])
         except (LinkError, OSError, http.client.HTTPException, ValueError) as error:
+            self._surprised = True  # so that the next is small
             self._fail(f"{self.url}: {error or type(error).__name__}", True)
             return
         costs = content.get("milliseconds")
@@ -204,10 +220,27 @@ class Link:
             self._fail(f"{self.url} serves another model", True)
             return
         self.server_ms |= {str(k): float(v) for k, v in costs.items()}
+        # Of the rate the lesser of two: a busy device is late, which is no matter of bytes. What is
+        # less than the noise of a round trip says no more than that.
+        per_byte = max(min(long) - min(short), min(short) / 16) / size
+        if self._measured and self._retry is None:
+            known = self.round_trip
+            moved = min(short) > _SURPRISE * known or max(short) < known / _SURPRISE
+            for seconds in short:
+                self._observe(0, seconds, probe=True)
+            with self._lock:
+                if moved:
+                    self.round_trip = sum(short) / 2
+                noise = self.deviation / (size * max(per_byte, self.per_byte))
+                self.per_byte += (per_byte - self.per_byte) / (1 + noise**2)
+            self._wait = _IDLE if self._surprised else min(2 * self._wait, _LONGEST_IDLE)
+        else:
+            with self._lock:
+                self.round_trip, self.per_byte = max(sum(short) / 2, 1e-5), per_byte
+                self.deviation = max(self.deviation / 2, self.round_trip / 8)
+                self._doubt = dict.fromkeys(self._doubt, 1.0)
+                self._measured = True
         with self._lock:
-            self.round_trip = max(round_trip, 1e-5)
-            self.per_byte = max((longer - round_trip) / size, 1e-10)
-            self.deviation = max(self.deviation / 2, round_trip / 8)
             self.version += 1
         self._succeed(False)
 
@@ -306,17 +339,31 @@ class Link:
             raise LinkError("an answer that is no probabilities")
         return Reply(values[None], float(parameters["milliseconds"]), sent)
 
-    def _observe(self, size: int, seconds: float) -> None:
+    def _observe(self, size: int, seconds: float, probe: bool = False) -> None:
+        """Learn from an exchange: a Kalman filter on round trip and rate, in shares of them.
+
+        What is not as expected is put down to the two by what they have in it, and by their doubt.
+        """
         with self._lock:
             expected = self.seconds(size)
             ratio = min(max(seconds / expected, 1 / _FURTHEST), _FURTHEST)
-            factor = 1 + _GAIN * (ratio - 1)
-            self.round_trip *= factor
-            self.per_byte *= factor
-            self.deviation += _GAIN * (abs(seconds - expected) - self.deviation)
-            self._surprised |= not 1 / _SURPRISE < ratio < _SURPRISE
-            self._seen = time.monotonic()
-            self.version += 1
+            shares = {"round_trip": self.round_trip / expected}
+            shares["per_byte"] = 1 - shares["round_trip"]
+            drifts = _DRIFT | ({"round_trip": _IDLE_DRIFT} if probe else {})
+            doubt = {name: min(1.0, self._doubt[name] + d**2) for name, d in drifts.items()}
+            total = sum(shares[name] ** 2 * each for name, each in doubt.items()) + _NOISE**2
+            error = abs(seconds - expected)
+            surprised = error > 3 * self.deviation and not 1 / _SURPRISE < ratio < _SURPRISE
+            for name, share in shares.items():
+                gain = share * doubt[name] / total
+                setattr(self, name, getattr(self, name) * (1 + gain * (ratio - 1)))
+                left = doubt[name] * (1 - gain * share)
+                self._doubt[name] = max(left, _NOISE**2) if surprised else left
+            self.deviation += _GAIN * (error - self.deviation)
+            self._surprised |= surprised
+            self.version += surprised
+            if not probe:
+                self._seen = time.monotonic()
 
     def _succeed(self, answered: bool) -> None:
         """Use the server; after a probe alone the next failure leaves it alone again, longer."""
@@ -325,8 +372,8 @@ class Link:
                 self._failures, self._pause = 0, _FIRST_PAUSE
             elif self._retry is not None:
                 self._failures = _FAILURES - 1
+            self.version += self._retry is not None
             self._retry = self.trouble = None
-            self.version += 1
 
     def _fail(self, words: str, at_once: bool) -> None:
         with self._lock:

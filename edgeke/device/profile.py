@@ -49,8 +49,8 @@ def measure_costs(run: Callable[[int], Any], exits: int, rounds: int, seconds: f
     milliseconds = time_interleaved(calls, rounds, seconds)
     summaries = [summary(milliseconds[str(exit)]) for exit in range(exits)]
     return Profile(
-        _increasing([exit["median"] for exit in summaries]),
-        _increasing([exit["p95"] for exit in summaries]),
+        increasing([exit["median"] for exit in summaries]),
+        increasing([exit["p95"] for exit in summaries]),
         len(milliseconds["0"]),
     )
 
@@ -161,7 +161,8 @@ def _entries(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _increasing(values: Sequence[float]) -> tuple[float, ...]:
+def increasing(values: Sequence[float]) -> tuple[float, ...]:
+    """The values, each at least 0.1 % more than the one before."""
     increasing: list[float] = []
     for value in values:
         least = increasing[-1] * _STEP if increasing else 1e-6

@@ -17,6 +17,7 @@ def time_interleaved(
     rounds: int,
     seconds: float,
     before_round: Callable[[int], None] = lambda number: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, all of them once a round, in a new order each round.
 
@@ -24,8 +25,8 @@ def time_interleaved(
     exits of one file, would find it in the cache more often than a network that has only one.
     A warm-up of up to 5 rounds takes a fifth of `seconds`, or one round; then up to `rounds` rounds
     are timed, at least one, and none that would last beyond `seconds` in all. `before_round`, such
-    as the choice of an image, gets the round's number and is not timed. Errors: InputError for
-    fewer than one round.
+    as the choice of an image, gets the round's number and is not timed. `clock` gives the seconds
+    that are reported. Errors: InputError for fewer than one round.
     """
     if rounds < 1:
         raise InputError(f"rounds = {rounds!r} must be at least 1")
@@ -43,9 +44,9 @@ def time_interleaved(
         shuffle(order)
         for name, run in order:
             run()
-            before = time.perf_counter()
+            before = clock()
             run()
-            milliseconds[name].append((time.perf_counter() - before) * 1e3)
+            milliseconds[name].append((clock() - before) * 1e3)
         now = time.perf_counter()
         if (now - started) + (now - began) > seconds:
             break

@@ -1,7 +1,7 @@
 """Orders: which exits learn when, and what is frozen meanwhile. No torch here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,25 @@ def mixed(attached: tuple[int, ...]) -> Order:
     model", ICML 2025).
     """
     return Order((len(attached) - 1,), synchronous(attached).phases)
+
+
+def with_codec(order: Order, attached: tuple[int, ...], after: int) -> Order:
+    """The order with a last phase for all that is behind exit `after`; a joint phase needs none."""
+    if any(_joint(phase, attached) for phase in order.phases):
+        return order
+    behind = Phase(tuple(range(after + 1, len(attached))), attached[after])
+    return replace(order, phases=(*order.phases, behind))
+
+
+def without_codec(order: Order, attached: tuple[int, ...]) -> tuple[Order, Phase | None]:
+    """The order that `with_codec` was given, and the phase that it added."""
+    if any(_joint(phase, attached) for phase in order.phases):
+        return order, None
+    return replace(order, phases=order.phases[:-1]), order.phases[-1]
+
+
+def _joint(phase: Phase, attached: tuple[int, ...]) -> bool:
+    return len(phase.exits) == len(attached)
 
 
 ORDERS: dict[str, Callable[[tuple[int, ...]], Order]] = {

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from edgeke.device.codec import Codec
+from edgeke.learning.coding import Coding
 from edgeke.learning.frozen import Frozen
 from edgeke.learning.orders import Phase
 from edgeke.networks.branchynet import BranchyNet
@@ -45,6 +47,35 @@ class DetachedExits(nn.Module):
             seen = features if number == last else features.detach()
             logits.append(self.network.exits[number](seen))
             start = end
+        return torch.stack(logits)
+
+
+class CodedExits(nn.Module):
+    """Exits that learn together, those behind exit `after` on features that a codec changed.
+
+    Trunk blocks that the phase freezes do not learn. With `detach` the exits before the main one
+    do not move the trunk. Answers `[E, N, K]`.
+    """
+
+    def __init__(
+        self, network: BranchyNet, phase: Phase, after: int, codec: Codec, detach: bool
+    ) -> None:
+        super().__init__()
+        self.frozen = Frozen(nn.Sequential(*network.trunk[: phase.frozen]))
+        self.blocks = nn.ModuleList(network.trunk[number] for number in phase.exits)
+        self.exits = nn.ModuleList(network.exits[number] for number in phase.exits)
+        self.first_behind = phase.exits.index(after + 1)
+        self.coding, self.detach = Coding(codec), detach
+
+    def forward(self, images: Tensor) -> Tensor:
+        features, logits = self.frozen(images), []
+        last = len(self.exits) - 1
+        for number, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
+            if number == self.first_behind:
+                features = self.coding(features)
+            features = block(features)
+            seen = features.detach() if self.detach and number < last else features
+            logits.append(exit(seen))
         return torch.stack(logits)
 
 

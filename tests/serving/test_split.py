@@ -167,6 +167,17 @@ def test_the_link_is_measured_from_its_own_traffic(world, images):
     assert max(0.7 * least, 0.4 * took) < link.seconds(size) < 3 * took
 
 
+def test_a_link_that_has_become_slow_is_measured_with_fewer_bytes(world, monkeypatch):
+    link = world.rest.link
+    monkeypatch.setattr("edgeke.device.link._PROBE_SECONDS", 0.6)
+    world.link.set(rate_mbit=0.1)
+    with pytest.warns(UserWarning, match="timed out"):
+        link.probe()
+    assert not link.usable
+    recovers(link)
+    assert link.per_byte > 2e-5
+
+
 @pytest.mark.parametrize("fault", ["garbage", "half", "swap", "reset", "silence", "refuse"])
 def test_an_answer_that_cannot_be_used_is_replaced_by_the_device_s(world, images, heart, fault):
     world.use("after_0_q4")
