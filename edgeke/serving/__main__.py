@@ -8,8 +8,6 @@ from pathlib import Path
 
 from edgeke.errors import InputError, report
 
-_HEADERS = 64 * 2**10  # bytes
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until a signal ends it. 0 after a signal, 1 for bad input."""
@@ -64,6 +62,7 @@ def _serve(options: argparse.Namespace) -> int:
         import uvicorn
 
         from edgeke.serving.application import JsonLines, Server, Settings
+        from edgeke.serving.front import Protocol
         from edgeke.serving.keep import parse_size
     except ImportError as error:
         raise InputError(
@@ -93,9 +92,9 @@ def _serve(options: argparse.Namespace) -> int:
         server.application,
         host=options.host,
         port=options.port,
-        http="h11",
-        loop="asyncio",  # not whatever is installed
-        h11_max_incomplete_event_size=_HEADERS,
+        http=Protocol,
+        loop="edgeke.serving.front:Loop",
+        proxy_headers=False,
         access_log=False,
         log_config=None,
         server_header=False,

@@ -31,6 +31,7 @@ from edgeke.device.decode import fit_picture, open_picture
 from edgeke.errors import InputError
 from edgeke.serving import page, partitions
 from edgeke.serving.batches import Answers, Batches, BusyError
+from edgeke.serving.front import came
 from edgeke.serving.keep import Keeper, no_exit_was_sure
 from edgeke.serving.metrics import Metrics
 from edgeke.serving.protocol import (
@@ -41,11 +42,14 @@ from edgeke.serving.protocol import (
     write_infer,
 )
 
-CAME = "edgeke.came"  # in an ASGI scope: when a request came to the front, by the wall clock
+# In an ASGI scope: when a request came to the front, by the wall clock; what to call when its
+# answer has left.
+CAME, _LEFT = "edgeke.came", "edgeke.left"
 MODEL = "edgeke"
 VERSION = "1"
 _LOG = logging.getLogger("edgeke.serving")
 _MOST_PROBABLE = 5  # classes whose probability /classify gives
+_CHALLENGE = {"www-authenticate": "Bearer"}
 _FREE = ("/v2/health/live", "/v2/health/ready")  # no token: load balancers have none
 
 
@@ -90,24 +94,24 @@ class Server:
     @property
     def application(self) -> Starlette:
         """The ASGI application."""
-        model = f"/v2/models/{MODEL}"
-        routes: list[Route] = [
+        model, routes = f"/v2/models/{MODEL}", list[Route]()
+        for prefix in (model, f"{model}/versions/{VERSION}"):
+            routes += [
+                Route(f"{prefix}/infer", self._infer, methods=["POST"]),  # what comes most: first
+                Route(prefix, self._model_metadata),
+                Route(f"{prefix}/ready", self._ready),
+                *partitions.routes(self, prefix),
+            ]
+        routes += [
+            Route("/classify", self._classify, methods=["POST"]),
             Route("/v2", self._server_metadata),
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
-            Route("/classify", self._classify, methods=["POST"]),
             Route("/metrics", self._metrics),
             Route("/page/model.json", self._page_model),
             Route("/page/model.onnx", self._page_file),
             Route("/page/samples/{name}", self._page_sample),
         ]
-        for prefix in (model, f"{model}/versions/{VERSION}"):
-            routes += [
-                Route(prefix, self._model_metadata),
-                Route(f"{prefix}/ready", self._ready),
-                Route(f"{prefix}/infer", self._infer, methods=["POST"]),
-                *partitions.routes(self, prefix),
-            ]
         for route in routes:
             route.app = self._guarded(route)
         return Starlette(
@@ -195,30 +199,30 @@ class Server:
             response = await self._answered(endpoint, request)
             status = str(response.status_code)
             self.metrics.requests.labels(status).inc()
-            if _LOG.isEnabledFor(logging.INFO) and request.url.path not in _FREE:
+            if _LOG.isEnabledFor(logging.INFO) and request.scope["path"] not in _FREE:
                 fields = {
                     "method": request.method,
-                    "path": request.url.path,
+                    "path": request.scope["path"],
                     "status": response.status_code,
                     "milliseconds": round((time.perf_counter() - started) * 1e3, 3),
                 }
                 _LOG.info("request", extra={"fields": fields})
             await response(scope, receive, send)
+            if _LEFT in scope:
+                scope[_LEFT]()
 
         return run
 
     async def _answered(
         self, endpoint: Callable[[Request], Awaitable[Response]], request: Request
     ) -> Response:
-        if request.url.path not in _FREE and not self._admitted(request):
-            return _refusal(401, "send the header Authorization: Bearer <token>", "Bearer")
+        if request.scope["path"] not in _FREE and not self._admitted(request):
+            return _refusal(401, "send the header Authorization: Bearer <token>", _CHALLENGE)
         try:
             return await endpoint(request)
         except BusyError as error:
             self.metrics.refused.labels("busy").inc()
-            response = _refusal(503, str(error))
-            response.headers["retry-after"] = str(max(1, math.ceil(error.seconds)))
-            return response
+            return _refusal(503, str(error), {"retry-after": str(max(1, math.ceil(error.seconds)))})
         except UnmetError as error:
             self.metrics.refused.labels("unmet").inc()
             return JSONResponse({"error": str(error), "nearest": error.nearest}, 422)
@@ -298,7 +302,7 @@ class Server:
 
     async def _infer(self, request: Request) -> Response:
         arrived = _arrived(request)
-        self.open_batches.check_load()
+        self.open_batches.check_load(arrived)
         body = await self.body(request)
         batches = self.open_batches  # the model may have been replaced meanwhile
         length = request.headers.get("inference-header-content-length")
@@ -310,7 +314,7 @@ class Server:
         most = max(1, self.settings.body_limit // max(1, math.prod(classifier.image_shape)))
         asked = parse_infer(body, int(length) if length else None, classifier.image_shape, most)
         answers = await batches.answer(asked.images, asked.requirements, arrived)
-        self.count(answers)
+        self.count(request, batches, answers)
         self._keep(asked.images, answers, classifier)
         labels = np.where(answers.unsure, -1, answers.probabilities.argmax(-1))
         names = np.asarray([*classifier.classes, "unsure"], object)  # -1 is the last
@@ -325,7 +329,7 @@ class Server:
 
     async def _classify(self, request: Request) -> Response:
         arrived = _arrived(request)
-        self.open_batches.check_load()
+        self.open_batches.check_load(arrived)
         query = dict(request.query_params)
         name = query.pop("point", None)
         requirements = check_requirements(query)
@@ -335,7 +339,7 @@ class Server:
         pixels = await asyncio.to_thread(_decode, body, classifier)
         answers = await batches.answer(pixels[None], requirements, arrived, name)
         if name is None:  # what the page compares with does not count as an exit taken
-            self.count(answers)
+            self.count(request, batches, answers)
             self._keep(pixels[None], answers, classifier)
         return JSONResponse(_answer(answers, 0, classifier))
 
@@ -361,8 +365,9 @@ class Server:
                 return FileResponse(file)
         raise HTTPException(404, "there is no such sample")
 
-    def count(self, answers: Answers) -> None:
+    def count(self, request: Request, batches: Batches, answers: Answers) -> None:
         """Count a request that was answered, and say when promises are void."""
+        request.scope[_LEFT] = partial(batches.see, answers)
         if self._alarm and answers.holds:
             self._alarm = False  # a model of another policy has taken over
         elif not self._alarm and not answers.holds:
@@ -405,7 +410,9 @@ class Server:
 
 def _arrived(request: Request) -> float:
     """When a request came, by `time.perf_counter`; one from another process has waited before."""
-    waited = time.time() - request.scope[CAME] if CAME in request.scope else 0.0
+    if CAME not in request.scope:
+        return came()
+    waited: float = time.time() - request.scope[CAME]
     return time.perf_counter() - max(0.0, waited)
 
 
@@ -476,8 +483,7 @@ def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
     return unpacked
 
 
-def _refusal(status: int, sentence: str, challenge: str | None = None) -> JSONResponse:
-    headers = {} if challenge is None else {"www-authenticate": challenge}
+def _refusal(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": sentence}, status, headers)
 
 

@@ -11,7 +11,8 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,12 @@ from edgeke.serving.costs import SegmentCosts, measure
 # No batch runs longer, so that an image that is nearly done waits for no long one.
 _BATCH_SECONDS = 0.005
 _MEASURE_SECONDS = 2.0
-# How often the event loop's delay is looked at, in seconds. What waits in sockets waits for a turn
-# of the loop to be read, one to be understood, and one to be answered.
-_LOOK, _TURNS = 0.005, 3
 # How many times its expected time a batch may have taken lately: known at most, and forgotten so.
 _MOST_SLACK, _FORGET = 4.0, 0.97
+# For so many seconds a late answer is remembered; how often they are summed up.
+_REMEMBER, _SUM_UP = 1.0, 0.02
+_CHOICES = 1024  # that are remembered
+_WORDS = {"mean_latency_ms": "mean_cost", "deadline_ms": "deadline"}
 
 
 class BusyError(InputError):
@@ -47,7 +49,8 @@ class Answers:
     """What a request gets: `exit` `[N]` in 0..E (E = voted), `probabilities` `[N, K]`.
 
     `promised`: what holds for the point, by the names of requirements. `late`: a deadline was
-    missed all the same. `holds`: false after an alarm of shift, when nothing is promised.
+    missed all the same. `expected`: when it should have been there, by `time.perf_counter`.
+    `holds`: false after an alarm of shift, when nothing is promised.
     """
 
     exit: NDArray[np.int64]
@@ -56,6 +59,7 @@ class Answers:
     promised: Mapping[str, float]
     seconds: float
     late: bool
+    expected: float
     holds: bool = True
 
     @property
@@ -71,6 +75,7 @@ class _Job:
 
     arrived: float
     deadline: float
+    expected: float
     point: OperatingPoint
     promised: Mapping[str, float]
     left: NDArray[np.float64]  # seconds of work an image has before it, at each segment
@@ -98,16 +103,46 @@ class _Part:
         return one, other
 
 
-@dataclass
-class _Slack:
-    """How batches took longer than measured at the start, lately: on average, and at worst."""
+@dataclass(frozen=True)
+class _Ran:
+    """A batch: probabilities so far `[k + 1, n, K]`, features, which are sure; how long it took."""
 
-    mean: float = 1.0
-    worst: float = 1.0
+    earlier: NDArray[np.float32]
+    features: NDArray[Any]
+    sure: NDArray[np.bool_]
+    seconds: float
 
-    def see(self, ratio: float) -> None:
-        self.mean = max(1.0, _FORGET * self.mean + (1 - _FORGET) * min(ratio, _MOST_SLACK))
-        self.worst = max(1.0, min(ratio, _MOST_SLACK), _FORGET * self.worst)
+
+class _Lateness:
+    """How much later than expected answers left, lately: on average, and at worst."""
+
+    def __init__(self) -> None:
+        self._seen = deque[tuple[float, float]]()
+        self._summed, self._mean, self._worst = 0.0, 0.0, 0.0
+
+    def see(self, seconds: float) -> None:
+        self._seen.append((time.perf_counter(), seconds))
+
+    @property
+    def mean(self) -> float:
+        self._sum_up()
+        return self._mean
+
+    @property
+    def worst(self) -> float:
+        self._sum_up()
+        return self._worst
+
+    def _sum_up(self) -> None:
+        now = time.perf_counter()
+        if now < self._summed + _SUM_UP:
+            return
+        self._summed = now
+        while self._seen and self._seen[0][0] < now - _REMEMBER:
+            self._seen.popleft()
+        late = [seconds for _, seconds in self._seen]
+        self._mean = max(0.0, sum(late) / max(1, len(late)))
+        self._worst = max(0.0, *late, 0.0)
 
 
 @dataclass
@@ -133,24 +168,28 @@ class Batches:
         self._shared = np.array(per_image)
         self._waiting: list[deque[_Part]] = [deque() for _ in exits]
         self._backlog = 0.0  # expected seconds of all that was accepted
-        self._slack = _Slack()
-        self._lag = 0.0  # seconds that a turn of the event loop takes
+        self._slower = 1.0  # how many times longer than measured at the start batches take now
+        self._lateness = _Lateness()
+        self._choice = lru_cache(_CHOICES)(self._choose_alone)
         self._wake = asyncio.Event()
         self._closing = False
         self._pool = ThreadPoolExecutor(1, "segments")
         self._worker: asyncio.Task[None] | None = None
-        self._watch: asyncio.Task[None] | None = None
 
     @property
     def backlog(self) -> float:
-        """Seconds that a new image waits, as expected now: for other work, and to be read."""
-        return max(0.0, self._backlog) * self._slack.mean + _TURNS * self._lag
+        """Seconds that a new image waits, as expected now."""
+        return self._work_left * self._slower + self._lateness.mean
 
-    def check_load(self) -> None:
-        """Errors: BusyError when more waits than `longest`, whatever a request says."""
-        if self.backlog > self.longest:
-            seconds = self.backlog - self.longest
-            raise BusyError(f"{self.backlog:.3f} seconds of work wait; ask again later", seconds)
+    @property
+    def _work_left(self) -> float:
+        return max(0.0, self._backlog)  # sums of floats may end below 0
+
+    def check_load(self, arrived: float) -> None:
+        """Errors: BusyError when an answer may take longer than `longest`, whatever is asked."""
+        seconds = self.at_worst(arrived, 0.0)
+        if seconds > self.longest:
+            raise BusyError(f"{seconds:.3f} seconds of work wait; ask again later", seconds)
 
     @property
     def images(self) -> int:
@@ -160,14 +199,11 @@ class Batches:
     def start(self) -> None:
         """Begin to answer."""
         self._worker = asyncio.create_task(self._work())
-        self._watch = asyncio.create_task(self._look())
 
     async def close(self) -> None:
         """Answer all that was accepted, then stop."""
         self._closing = True
         self._wake.set()
-        if self._watch is not None:
-            self._watch.cancel()
         if self._worker is not None:
             await self._worker
         self._pool.shutdown()
@@ -190,7 +226,7 @@ class Batches:
         if name is None:
             point, promised = self._admit(len(images), requirements, arrived)
         else:
-            point, promised = self._at(name, requirements)
+            point, promised = self._at(name, requirements, arrived)
         seconds = requirements.get("deadline_ms", math.inf) / 1e3
         return await self.enqueue(images, point, promised, arrived, seconds, weighed=name is None)
 
@@ -211,12 +247,15 @@ class Batches:
         """
         if self._closing:
             raise BusyError("the model is being replaced; ask again", 1.0)
+        own = self.costs.between(segment, point.deepest, len(features)) * self._slower
+        expected = time.perf_counter() + self._work_left * self._slower + own
         reached = np.asarray(point.reached, float)
         after = np.cumsum((self._shared * reached)[::-1])[::-1]
         count, classes = len(features), len(self.classifier.classes)
         job = _Job(
             arrived,
             arrived + seconds,
+            expected,
             point,
             promised,
             after / np.maximum(reached, 1.0),
@@ -237,47 +276,71 @@ class Batches:
         """What an exit gives to the next one, `(C, H, W)`."""
         return self._segments.features_shape(exit)
 
+    def at_worst(self, arrived: float, work: float) -> float:
+        """Seconds from `arrived` to an answer that takes so much work, as late as others were."""
+        waited = time.perf_counter() - arrived
+        return waited + (self._work_left + work) * self._slower + self._lateness.worst
+
+    def see(self, answers: Answers) -> None:
+        """Learn from an answer that has just left."""
+        self._lateness.see(time.perf_counter() - answers.expected)
+
     def _admit(
         self, count: int, requirements: Mapping[str, Any], arrived: float
     ) -> tuple[OperatingPoint, dict[str, float]]:
         """The point that keeps the requirements with all that waits. Errors: as `answer`."""
-        waits = self.backlog + time.perf_counter() - arrived
+        request = Request(**{_WORDS.get(name, name): v for name, v in requirements.items()})
+        waits = time.perf_counter() - arrived + self._work_left * self._slower
         try:
-            point = self._choose(count, requirements, waits)
+            point = self._choose(count, request, waits, self._lateness)
         except UnmetError as error:
-            self._choose(count, requirements, 0.0)  # no load would help: its own error
-            seconds = self.backlog
+            self._choose(count, request, 0.0, _Lateness())  # no load would help: its own error
             raise BusyError(
-                f"{seconds:.3f} seconds of work wait; without them this could be met ({error})",
-                seconds,
+                f"{waits:.3f} seconds of work wait; without them this could be met ({error})", waits
             ) from None
-        self.check_load()
+        self.check_load(arrived)
         return point
 
     def _at(
-        self, name: str, requirements: Mapping[str, Any]
+        self, name: str, requirements: Mapping[str, Any], arrived: float
     ) -> tuple[OperatingPoint, dict[str, float]]:
         if requirements:
             raise InputError(f"give point or {', '.join(requirements)}, not both")
         point = self.policy.point(name)
-        self.check_load()
+        self.check_load(arrived)
         return point, {"delta": self.policy.delta}
 
     def _choose(
-        self, count: int, requirements: Mapping[str, Any], waits: float
+        self, count: int, request: Request, waits: float, lateness: _Lateness
     ) -> tuple[OperatingPoint, dict[str, float]]:
-        slack, exits = self._slack, range(len(self.policy.macs))
-        # A batch that runs is not stopped; its time is in the backlog, but it may take longer.
-        before = waits * 1e3
-        alone = [before + 1e3 * slack.mean * sum(self.costs.first[: k + 1]) for k in exits]
-        worst = [before + 1e3 * slack.worst * self.costs.until(k, count) for k in exits]
-        words = {"mean_latency_ms": "mean_cost", "deadline_ms": "deadline"}
-        request = Request(**{words.get(name, name): v for name, v in requirements.items()})
+        """The point for a request, and what it promises, if its own work begins after `waits`."""
+        exits, slower = range(len(self.policy.macs)), self._slower
+        ready = waits + lateness.worst
+        worst = [1e3 * (ready + slower * self.costs.between(0, k, count)) for k in exits]
+        if request.mean_cost is None and (request.deadline is None or worst[0] <= request.deadline):
+            if request.deadline is not None:  # which of them fit is all that matters
+                deepest = max(k for k in exits if worst[k] <= request.deadline)
+                request = replace(request, deadline=deepest + 1.0)
+            return self._choice(request)
+        first, ready = self.costs.first, waits + lateness.mean
+        alone = [1e3 * (ready + slower * sum(first[: k + 1])) for k in exits]
+        return self._choose_at(request, alone, worst)
+
+    def _choose_alone(self, request: Request) -> tuple[OperatingPoint, dict[str, float]]:
+        """The choice where nothing waits, and a deadline is a number of exits."""
+        exits = range(1, len(self.policy.macs) + 1)
+        return self._choose_at(
+            request, [sum(self.costs.first[:k]) for k in exits], [float(k) for k in exits]
+        )
+
+    def _choose_at(
+        self, request: Request, alone: list[float], worst: list[float]
+    ) -> tuple[OperatingPoint, dict[str, float]]:
         point = choose(self.policy, request, alone, worst)
         delta = self.policy.delta if request.delta is None else request.delta
-        deepest = len(self.policy.macs) - 1
+        deepest = len(worst) - 1
         if request.deadline is not None:
-            deepest = max(k for k in exits if worst[k] <= request.deadline)
+            deepest = max(k for k, cost in enumerate(worst) if cost <= request.deadline)
         cap = max((cap for cap in self.policy.caps if cap <= deepest), default=deepest)
         promised = {
             "max_degradation": point.promised("max_degradation", delta, cap),
@@ -292,34 +355,36 @@ class Batches:
         kept = {name: value for name, value in promised.items() if math.isfinite(value)}
         return point, kept | {"delta": delta}
 
-    async def _look(self) -> None:
-        """How long others wait for their turn: as long as this does."""
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(_LOOK)
-            lag = max(0.0, time.perf_counter() - before - _LOOK - 0.001)
-            self._lag = max(lag, 0.7 * self._lag)
-
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
+        running = deque[tuple[int, list[_Part], asyncio.Future[_Ran]]]()
         while True:
             segment = self._next()
-            if segment is None:
+            # A full batch waits for the thread, so that the thread never waits for the event loop.
+            if segment is not None and (not running or (len(running) < 2 and self._full(segment))):
+                parts = self._take(segment)
+                running.append(
+                    (segment, parts, loop.run_in_executor(self._pool, self._run, segment, parts))
+                )
+                continue
+            if not running:
                 if self._closing:
                     return
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            parts = self._take(segment)
-            count = sum(len(part.places) for part in parts)
-            started = time.perf_counter()
+            segment, parts, future = running.popleft()
             try:
-                ran = await loop.run_in_executor(self._pool, self._run, segment, parts)
-                took = time.perf_counter() - started
-                self._slack.see(took / self.costs.batch(segment, count))
-                self._settle(segment, parts, *ran)
+                ran = await future
+                expected = self.costs.batch(segment, len(ran.sure))
+                ratio = min(ran.seconds / expected, _MOST_SLACK)
+                self._slower = max(1.0, _FORGET * self._slower + (1 - _FORGET) * ratio)
+                self._settle(segment, parts, ran)
             except Exception as error:  # theirs alone: the queue goes on
                 self._fail(parts, segment, error)
+
+    def _full(self, segment: int) -> bool:
+        return sum(len(p.places) for p in self._waiting[segment]) >= self._largest[segment]
 
     def _next(self) -> int | None:
         """The segment for which the image that came first waits."""
@@ -337,10 +402,9 @@ class Batches:
             parts.append(part)
         return parts
 
-    def _run(
-        self, segment: int, parts: list[_Part]
-    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.bool_]]:
-        """In the thread: probabilities so far `[k + 1, n, K]`, features, and which are sure."""
+    def _run(self, segment: int, parts: list[_Part]) -> _Ran:
+        """In the thread."""
+        started = time.perf_counter()
         features = _joined([part.features for part in parts], 0)
         probabilities, features = self._segments.probabilities(segment, features)
         earlier = _joined([part.earlier for part in parts], 1)
@@ -353,22 +417,15 @@ class Batches:
         if segment == 0:  # in the order in which images came, whatever they show
             weighed = np.repeat([part.job.weighed for part in parts], sizes)
             self.classifier.weigh(scores[weighed].tolist())
-        return earlier, features, scores > thresholds
+        return _Ran(earlier, features, scores > thresholds, time.perf_counter() - started)
 
-    def _settle(
-        self,
-        segment: int,
-        parts: list[_Part],
-        earlier: NDArray[np.float32],
-        features: NDArray[Any],
-        sure: NDArray[np.bool_],
-    ) -> None:
+    def _settle(self, segment: int, parts: list[_Part], ran: _Ran) -> None:
         """Hand out the answers; images that no exit was sure of yet wait for the next segment."""
         start, last = 0, segment == len(self._waiting) - 1
         for part in parts:
             job, rows = part.job, slice(start, start + len(part.places))
             start = rows.stop
-            leaves, known = sure[rows], earlier[:, rows]
+            leaves, known = ran.sure[rows], ran.earlier[:, rows]
             self._backlog -= len(leaves) * job.left[segment]
             job.exit[part.places[leaves]] = segment
             job.probabilities[part.places[leaves]] = known[-1, leaves]
@@ -377,7 +434,7 @@ class Batches:
                 job.exit[stays] = segment + 1
                 job.probabilities[stays] = vote(known[:, ~leaves], job.point.votes)
             elif len(stays):
-                waiting = _Part(job, stays, features[rows][~leaves], known[:, ~leaves])
+                waiting = _Part(job, stays, ran.features[rows][~leaves], known[:, ~leaves])
                 self._waiting[segment + 1].append(waiting)
                 self._backlog += len(stays) * job.left[segment + 1]
             job.unanswered -= len(part.places) if last else int(leaves.sum())
@@ -387,7 +444,14 @@ class Batches:
                 took, late = now - job.arrived, now > job.deadline
                 holds = self.classifier.promised
                 answers = Answers(
-                    job.exit, probabilities, job.point, job.promised, took, late, holds
+                    job.exit,
+                    probabilities,
+                    job.point,
+                    job.promised,
+                    took,
+                    late,
+                    job.expected,
+                    holds,
                 )
                 job.done.set_result(answers)
 

@@ -41,14 +41,14 @@ def routes(server: "Server", prefix: str) -> list[Route]:
 
     async def infer(request: Request) -> Response:
         arrived = time.perf_counter()
-        server.open_batches.check_load()
+        server.open_batches.check_load(arrived)
         body = await server.body(request)
         batches = server.open_batches
         after = _after(request.path_params["after"], batches)
         name, message, deadline = _parse(body, request.headers)
         features = _features(message, after, batches)
         answers = await finish(batches, after, features, arrived, deadline)
-        server.count(answers)
+        server.count(request, batches, answers)
         asked = InferRequest(name, features, {}, {"probabilities": True})
         said = {**_segments(batches), "milliseconds": round(answers.seconds * 1e3, 3)}
         model = f"edgeke/after/{request.path_params['after']}"
@@ -70,11 +70,11 @@ async def finish(
     Errors: BusyError when the work that waits leaves no time for it.
     """
     exits = len(batches.policy.macs)
-    work = sum(batches.costs.batch(k, len(features)) for k in range(after + 1, exits))
-    waits = time.perf_counter() - arrived + batches.backlog
-    if (waits + work) * 1e3 > deadline_ms:
-        raise BusyError(f"{batches.backlog:.3f} seconds of work wait; ask again later", waits)
-    batches.check_load()
+    work = batches.costs.between(after + 1, exits - 1, len(features))
+    if batches.at_worst(arrived, work) * 1e3 > deadline_ms:
+        waits = batches.backlog
+        raise BusyError(f"{waits:.3f} seconds of work wait; ask again later", waits)
+    batches.check_load(arrived)
     point = dataclasses.replace(
         batches.policy.points[0],
         thresholds=force_exit(exits - 1, exits),

@@ -74,7 +74,7 @@ def test_under_load_earlier_exits_answer_and_then_none(toy, images):
     async def ask(batches):
         batches.costs = SegmentCosts((0.01,) * 3, (0.002,) * 3, (1.0,) * 3)
         batches._shared = np.full(3, 0.002)
-        worst = [1e3 * batches.costs.until(k, 1) for k in range(3)]
+        worst = [1e3 * batches.costs.between(0, k, 1) for k in range(3)]
         deadline = {"deadline_ms": 100.0}
         deepest, refused = [], None
         batches._worker.cancel()  # nothing is answered: the queue only grows
@@ -107,9 +107,10 @@ def test_under_load_earlier_exits_answer_and_then_none(toy, images):
 
 def test_without_a_deadline_no_more_waits_than_was_said(toy, images):
     async def ask(batches):
-        now = time.perf_counter()
-        ten = [batches.answer(images[:40], {}, now) for _ in range(400)]
-        return await asyncio.gather(*ten, return_exceptions=True)
+        async def one():
+            return await batches.answer(images[:40], {}, time.perf_counter())
+
+        return await asyncio.gather(*(one() for _ in range(400)), return_exceptions=True)
 
     answered = run(toy, ask, longest=0.01)
     busy = [each for each in answered if isinstance(each, BusyError)]

@@ -1,0 +1,106 @@
+"""What lies under the application: an event loop with short turns, and a parser with a limit.
+
+asyncio reads every socket that is ready before anything else gets a turn. With 400 clients that
+were refused, a turn took 0.4 seconds here, and the segments' thread waited for it after each batch.
+"""
+
+import asyncio
+import selectors
+import time
+from collections import deque
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_SOCKETS = 16  # are read in one turn of the loop
+_HEADERS = 64 * 2**10  # bytes of a request's head
+
+_Ready = list[tuple[selectors.SelectorKey, int]]
+
+
+class _Sockets(selectors.DefaultSelector):
+    """Hands out in parts what is ready, and remembers since when it may have waited."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ready: _Ready = []
+        self._looked = time.perf_counter()
+        # A request that is seen now was read after the last look or the one before.
+        self.since = deque([self._looked] * 2, 2)
+
+    def select(self, timeout: float | None = None) -> _Ready:
+        """As the base's, but few at a time."""
+        if not self._ready:
+            since = self._looked
+            ready = super().select(0)
+            if not ready and (timeout is None or timeout > 0):
+                ready = super().select(timeout)
+                since = time.perf_counter()  # nothing had waited
+            self._looked = time.perf_counter()
+            self.since.append(since)
+            self._ready = ready
+        part, self._ready = self._ready[:_SOCKETS], self._ready[_SOCKETS:]
+        # What has changed since the look is left out; if it is still ready, the next look says so.
+        now = self.get_map()
+        return [(key, events) for key, events in part if now.get(key.fileobj) == key]
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """An event loop that reads few sockets in a turn."""
+
+    def __init__(self) -> None:
+        self._sockets = _Sockets()
+        super().__init__(self._sockets)
+
+    def came(self) -> float:
+        """The earliest time, by `time.perf_counter`, at which what is handled now can have come."""
+        return self._sockets.since[0]
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's on httptools, which would take headers of any length."""
+
+    _unread = 0  # bytes since a part of a request was complete
+    _headers = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser."""
+        self._unread += len(data)
+        super().data_received(data)
+        if self._unread > _HEADERS and not self.transport.is_closing():
+            self.send_400_response(f"The headers are larger than {_HEADERS} bytes.")
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._headers = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the address."""
+        self._count(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header is complete."""
+        self._count(name + value)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is complete."""
+        self._unread = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._unread = 0
+        super().on_body(body)
+
+    def _count(self, part: bytes) -> None:
+        self._headers += len(part)
+        if self._headers > _HEADERS:
+            raise ValueError("too large")  # the parser gives up, and 400 is answered
+
+
+def came() -> float:
+    """When the request that is handled now may have come, by `time.perf_counter`."""
+    loop = asyncio.get_running_loop()
+    return loop.came() if isinstance(loop, Loop) else time.perf_counter()
