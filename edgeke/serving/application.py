@@ -31,7 +31,7 @@ from edgeke.device.decode import fit_picture, open_picture
 from edgeke.errors import InputError
 from edgeke.serving import page, partitions
 from edgeke.serving.batches import Answers, Batches, BusyError
-from edgeke.serving.front import came
+from edgeke.serving.front import ARRIVED
 from edgeke.serving.keep import Keeper, no_exit_was_sure
 from edgeke.serving.metrics import Metrics
 from edgeke.serving.protocol import (
@@ -302,17 +302,15 @@ class Server:
 
     async def _infer(self, request: Request) -> Response:
         arrived = _arrived(request)
-        self.open_batches.check_load(arrived)
+        head = _length(request, "inference-header-content-length")
+        size = max(1, math.prod(self.open_batches.classifier.image_shape))
+        images = 1 if head is None else ((_length(request, "content-length") or 0) - head) // size
+        self.open_batches.check_load(arrived, max(1, images))
         body = await self.body(request)
         batches = self.open_batches  # the model may have been replaced meanwhile
-        length = request.headers.get("inference-header-content-length")
-        if length is not None and not (length.isascii() and length.isdigit()):
-            raise InputError(
-                f"Inference-Header-Content-Length = {length:.40} is no number of bytes"
-            )
         classifier = batches.classifier
-        most = max(1, self.settings.body_limit // max(1, math.prod(classifier.image_shape)))
-        asked = parse_infer(body, int(length) if length else None, classifier.image_shape, most)
+        most = max(1, self.settings.body_limit // size)
+        asked = parse_infer(body, head, classifier.image_shape, most)
         answers = await batches.answer(asked.images, asked.requirements, arrived)
         self.count(request, batches, answers)
         self._keep(asked.images, answers, classifier)
@@ -410,10 +408,20 @@ class Server:
 
 def _arrived(request: Request) -> float:
     """When a request came, by `time.perf_counter`; one from another process has waited before."""
-    if CAME not in request.scope:
-        return came()
-    waited: float = time.time() - request.scope[CAME]
-    return time.perf_counter() - max(0.0, waited)
+    now = time.perf_counter()
+    if CAME in request.scope:
+        return now - max(0.0, time.time() - float(request.scope[CAME]))
+    return float(request.scope.get(ARRIVED, now))
+
+
+def _length(request: Request, name: str) -> int | None:
+    """A number of bytes in the head of a request. Errors: InputError."""
+    text = request.headers.get(name)
+    if text is None:
+        return None
+    if text.isascii() and text.isdigit() and len(text) < 19:
+        return int(text)
+    raise InputError(f"{name.title()} = {text:.40} is no number of bytes")
 
 
 def _said(answers: Answers) -> dict[str, Any]:

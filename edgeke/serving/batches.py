@@ -9,10 +9,10 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,9 @@ from edgeke.serving.costs import SegmentCosts, measure
 _BATCH_SECONDS = 0.005
 _MEASURE_SECONDS = 2.0
 # How many times its expected time a batch may have taken lately: known at most, and forgotten so.
-_MOST_SLACK, _FORGET = 4.0, 0.97
-# For so many seconds a late answer is remembered; how often they are summed up.
-_REMEMBER, _SUM_UP = 1.0, 0.02
+_MOST_SLACK, _FORGET = 4.0, 0.9
+_HALVE = 1.0  # seconds after which a late answer counts half
+_LONGER = 1.15  # how many times longer than expected the wait may be
 _CHOICES = 1024  # that are remembered
 _WORDS = {"mean_latency_ms": "mean_cost", "deadline_ms": "deadline"}
 
@@ -105,44 +105,34 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Ran:
-    """A batch: probabilities so far `[k + 1, n, K]`, features, which are sure; how long it took."""
+    """A batch: probabilities so far `[k + 1, n, K]`, features, and which are sure."""
 
     earlier: NDArray[np.float32]
     features: NDArray[Any]
     sure: NDArray[np.bool_]
-    seconds: float
 
 
 class _Lateness:
     """How much later than expected answers left, lately: on average, and at worst."""
 
     def __init__(self) -> None:
-        self._seen = deque[tuple[float, float]]()
-        self._summed, self._mean, self._worst = 0.0, 0.0, 0.0
+        self._mean, self._worst, self._seen = 0.0, 0.0, 0.0
 
     def see(self, seconds: float) -> None:
-        self._seen.append((time.perf_counter(), seconds))
+        """One answer left so much later than expected."""
+        self._mean += (1 - _FORGET) * (max(0.0, seconds) - self._mean)
+        self._worst, self._seen = max(self.worst, seconds), time.perf_counter()
 
     @property
     def mean(self) -> float:
-        self._sum_up()
-        return self._mean
+        """Seconds."""
+        return min(self._mean, self.worst)
 
     @property
     def worst(self) -> float:
-        self._sum_up()
-        return self._worst
-
-    def _sum_up(self) -> None:
-        now = time.perf_counter()
-        if now < self._summed + _SUM_UP:
-            return
-        self._summed = now
-        while self._seen and self._seen[0][0] < now - _REMEMBER:
-            self._seen.popleft()
-        late = [seconds for _, seconds in self._seen]
-        self._mean = max(0.0, sum(late) / max(1, len(late)))
-        self._worst = max(0.0, *late, 0.0)
+        """Seconds; half as many after every `_HALVE` without a later answer."""
+        halved: float = 0.5 ** ((time.perf_counter() - self._seen) / _HALVE)
+        return self._worst * halved
 
 
 @dataclass
@@ -171,10 +161,10 @@ class Batches:
         self._slower = 1.0  # how many times longer than measured at the start batches take now
         self._lateness = _Lateness()
         self._choice = lru_cache(_CHOICES)(self._choose_alone)
-        self._wake = asyncio.Event()
         self._closing = False
         self._pool = ThreadPoolExecutor(1, "segments")
-        self._worker: asyncio.Task[None] | None = None
+        self._running, self._ended = 0, 0.0  # batches that the thread has; when it ended the last
+        self._idle = asyncio.Event()
 
     @property
     def backlog(self) -> float:
@@ -185,9 +175,9 @@ class Batches:
     def _work_left(self) -> float:
         return max(0.0, self._backlog)  # sums of floats may end below 0
 
-    def check_load(self, arrived: float) -> None:
+    def check_load(self, arrived: float, images: int = 1) -> None:
         """Errors: BusyError when an answer may take longer than `longest`, whatever is asked."""
-        seconds = self.at_worst(arrived, 0.0)
+        seconds = self.at_worst(arrived, self.costs.between(0, 0, images))
         if seconds > self.longest:
             raise BusyError(f"{seconds:.3f} seconds of work wait; ask again later", seconds)
 
@@ -198,14 +188,14 @@ class Batches:
 
     def start(self) -> None:
         """Begin to answer."""
-        self._worker = asyncio.create_task(self._work())
+        self._loop = asyncio.get_running_loop()
+        self._feed()
 
     async def close(self) -> None:
         """Answer all that was accepted, then stop."""
         self._closing = True
-        self._wake.set()
-        if self._worker is not None:
-            await self._worker
+        self._feed()
+        await self._idle.wait()
         self._pool.shutdown()
 
     async def answer(
@@ -269,7 +259,7 @@ class Batches:
         earlier = np.zeros((segment, count, classes), np.float32)
         self._waiting[segment].append(_Part(job, np.arange(count), features, earlier))
         self._backlog += count * job.left[segment]
-        self._wake.set()
+        self._feed()
         return await job.done
 
     def features_shape(self, exit: int) -> tuple[int, int, int]:
@@ -279,7 +269,8 @@ class Batches:
     def at_worst(self, arrived: float, work: float) -> float:
         """Seconds from `arrived` to an answer that takes so much work, as late as others were."""
         waited = time.perf_counter() - arrived
-        return waited + (self._work_left + work) * self._slower + self._lateness.worst
+        waits = self._work_left * self._slower * _LONGER
+        return waited + waits + work * self._slower + self._lateness.worst
 
     def see(self, answers: Answers) -> None:
         """Learn from an answer that has just left."""
@@ -315,7 +306,7 @@ class Batches:
     ) -> tuple[OperatingPoint, dict[str, float]]:
         """The point for a request, and what it promises, if its own work begins after `waits`."""
         exits, slower = range(len(self.policy.macs)), self._slower
-        ready = waits + lateness.worst
+        ready = waits * _LONGER + lateness.worst
         worst = [1e3 * (ready + slower * self.costs.between(0, k, count)) for k in exits]
         if request.mean_cost is None and (request.deadline is None or worst[0] <= request.deadline):
             if request.deadline is not None:  # which of them fit is all that matters
@@ -355,33 +346,16 @@ class Batches:
         kept = {name: value for name, value in promised.items() if math.isfinite(value)}
         return point, kept | {"delta": delta}
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        running = deque[tuple[int, list[_Part], asyncio.Future[_Ran]]]()
-        while True:
-            segment = self._next()
-            # A full batch waits for the thread, so that the thread never waits for the event loop.
-            if segment is not None and (not running or (len(running) < 2 and self._full(segment))):
-                parts = self._take(segment)
-                running.append(
-                    (segment, parts, loop.run_in_executor(self._pool, self._run, segment, parts))
-                )
-                continue
-            if not running:
-                if self._closing:
-                    return
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            segment, parts, future = running.popleft()
-            try:
-                ran = await future
-                expected = self.costs.batch(segment, len(ran.sure))
-                ratio = min(ran.seconds / expected, _MOST_SLACK)
-                self._slower = max(1.0, _FORGET * self._slower + (1 - _FORGET) * ratio)
-                self._settle(segment, parts, ran)
-            except Exception as error:  # theirs alone: the queue goes on
-                self._fail(parts, segment, error)
+    def _feed(self) -> None:
+        """Give the thread a batch, and a full one more, so that it never waits for this loop."""
+        while (segment := self._next()) is not None:
+            if self._running and (self._running > 1 or not self._full(segment)):
+                return
+            parts = self._take(segment)
+            self._running += 1
+            self._pool.submit(self._run, segment, parts, time.perf_counter())
+        if self._closing and not self._running:
+            self._idle.set()
 
     def _full(self, segment: int) -> bool:
         return sum(len(p.places) for p in self._waiting[segment]) >= self._largest[segment]
@@ -402,9 +376,18 @@ class Batches:
             parts.append(part)
         return parts
 
-    def _run(self, segment: int, parts: list[_Part]) -> _Ran:
+    def _run(self, segment: int, parts: list[_Part], submitted: float) -> None:
         """In the thread."""
-        started = time.perf_counter()
+        try:
+            ran = self._compute(segment, parts)
+            # What the thread waited for the processor, or Python's lock, is part of the cost.
+            started, self._ended = max(submitted, self._ended), time.perf_counter()
+            done = partial(self._settle, segment, parts, ran, self._ended - started)
+        except Exception as error:  # theirs alone: the queue goes on
+            done = partial(self._fail, segment, parts, error)
+        self._loop.call_soon_threadsafe(self._ran, done)
+
+    def _compute(self, segment: int, parts: list[_Part]) -> _Ran:
         features = _joined([part.features for part in parts], 0)
         probabilities, features = self._segments.probabilities(segment, features)
         earlier = _joined([part.earlier for part in parts], 1)
@@ -417,10 +400,18 @@ class Batches:
         if segment == 0:  # in the order in which images came, whatever they show
             weighed = np.repeat([part.job.weighed for part in parts], sizes)
             self.classifier.weigh(scores[weighed].tolist())
-        return _Ran(earlier, features, scores > thresholds, time.perf_counter() - started)
+        return _Ran(earlier, features, scores > thresholds)
 
-    def _settle(self, segment: int, parts: list[_Part], ran: _Ran) -> None:
+    def _ran(self, done: Callable[[], None]) -> None:
+        """Back in the event loop."""
+        self._running -= 1
+        done()
+        self._feed()
+
+    def _settle(self, segment: int, parts: list[_Part], ran: _Ran, seconds: float) -> None:
         """Hand out the answers; images that no exit was sure of yet wait for the next segment."""
+        ratio = min(seconds / self.costs.batch(segment, len(ran.sure)), _MOST_SLACK)
+        self._slower = max(1.0, _FORGET * self._slower + (1 - _FORGET) * ratio)
         start, last = 0, segment == len(self._waiting) - 1
         for part in parts:
             job, rows = part.job, slice(start, start + len(part.places))
@@ -455,7 +446,7 @@ class Batches:
                 )
                 job.done.set_result(answers)
 
-    def _fail(self, parts: list[_Part], segment: int, error: Exception) -> None:
+    def _fail(self, segment: int, parts: list[_Part], error: Exception) -> None:
         """Give up the jobs of a batch that could not run, wherever their images wait."""
         failed = {id(part.job): part.job for part in parts}
         for part in parts:

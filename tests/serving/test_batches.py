@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_the_backlog_returns_to_nothing(toy, images):
     assert waiting == 0
 
 
-def test_under_load_earlier_exits_answer_and_then_none(toy, images):
+def test_under_load_earlier_exits_answer_and_then_none(toy, images, monkeypatch):
     """The same deadline: met by any exit when idle, by the first one later, refused at last."""
 
     async def ask(batches):
@@ -77,7 +78,7 @@ def test_under_load_earlier_exits_answer_and_then_none(toy, images):
         worst = [1e3 * batches.costs.between(0, k, 1) for k in range(3)]
         deadline = {"deadline_ms": 100.0}
         deepest, refused = [], None
-        batches._worker.cancel()  # nothing is answered: the queue only grows
+        monkeypatch.setattr(batches, "_feed", lambda: None)  # the queue only grows
         tasks = []
         for _ in range(2000):
             now = time.perf_counter()
@@ -93,7 +94,8 @@ def test_under_load_earlier_exits_answer_and_then_none(toy, images):
             await batches.answer(images[:1], {"deadline_ms": 5.0}, time.perf_counter())
         for task in tasks:
             task.cancel()
-        batches._worker = None
+        monkeypatch.undo()
+        batches._waiting = [deque() for _ in range(3)]
         return deepest, refused, unmet.value, worst
 
     deepest, refused, unmet, worst = run(toy, ask)
