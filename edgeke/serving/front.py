@@ -37,7 +37,7 @@ class _Sockets(selectors.DefaultSelector):
         part, self._ready = self._ready[:_SOCKETS], self._ready[_SOCKETS:]
         # What has changed since the look is left out; if it is still ready, the next look says so.
         now = self.get_map()
-        return [(key, events) for key, events in part if now.get(key.fileobj) == key]
+        return [(key, events) for key, events in part if now.get(key.fd) == key]
 
 
 class Loop(asyncio.SelectorEventLoop):

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,6 +139,60 @@ def test_a_batch_that_fails_fails_its_own_requests_alone(toy, images, monkeypatc
     after, backlog = run(toy, ask)
     assert len(after.exit) == 1
     assert abs(backlog) < 1e-9
+
+
+def test_three_times_too_much_is_answered_in_time_or_refused_at_once(toy, images, monkeypatch):
+    """Batches take 4 times as long as was measured; requests come at 3 times what that allows."""
+
+    async def ask(batches):
+        good, cost = batches._segments.probabilities, 0.004
+
+        def slow(exit, features):
+            time.sleep(4 * cost)
+            return good(exit, features)
+
+        monkeypatch.setattr(batches._segments, "probabilities", slow)
+        batches.costs = SegmentCosts((cost,) * 3, (1e-6,) * 3, (1.0,) * 3)
+        batches._shared, batches._largest = np.full(3, cost / 4), [4] * 3
+        answered, refused = [], []
+
+        async def one():
+            came = time.perf_counter()
+            try:
+                answers = await batches.answer(images[:4], {"deadline_ms": 200.0}, came)
+                batches.see(answers)
+                answered.append((came, time.perf_counter() - came))
+            except BusyError:
+                refused.append(time.perf_counter() - came)
+
+        started, tasks = time.perf_counter(), []
+        while time.perf_counter() < started + 2:
+            tasks.append(asyncio.create_task(one()))
+            await asyncio.sleep(4 * cost / 3)
+        await asyncio.gather(*tasks)
+        return [took for came, took in answered if came > started + 0.5], refused, 4 * cost
+
+    took, refused, cost = run(toy, ask)
+    assert sum(each <= 0.2 for each in took) >= 0.97 * len(took)
+    assert len(took) > 0.6 * 1.5 / cost / 3, "at most three segments an image"
+    assert len(refused) > len(took)
+    assert sorted(refused)[len(refused) // 2] < 0.005
+
+
+def test_answers_that_left_late_are_expected_again_until_they_are_forgotten(toy, images):
+    async def ask(batches):
+        def answer():
+            return batches.answer(images[:1], {"deadline_ms": 100.0}, time.perf_counter())
+
+        answers = await answer()
+        assert answers.expected == pytest.approx(time.perf_counter(), abs=0.1)
+        batches.see(replace(answers, expected=time.perf_counter() - 0.15))
+        with pytest.raises(BusyError):
+            await answer()
+        await asyncio.sleep(1.0)
+        return await answer()
+
+    assert not run(toy, ask).late
 
 
 @pytest.mark.parametrize(
