@@ -33,6 +33,7 @@ _MOST_SLACK, _FORGET = 4.0, 0.9
 _HALVE = 1.0  # seconds after which a late answer counts half
 _LONGER = 1.15  # how many times longer than expected the wait may be
 _CHOICES = 1024  # that are remembered
+_STEPS = 10  # from the most accurate point to the cheapest, while waiting uses up a deadline
 _WORDS = {"mean_latency_ms": "mean_cost", "deadline_ms": "deadline"}
 
 
@@ -309,25 +310,38 @@ class Batches:
         ready = waits * _LONGER + lateness.worst
         worst = [1e3 * (ready + slower * self.costs.between(0, k, count)) for k in exits]
         if request.mean_cost is None and (request.deadline is None or worst[0] <= request.deadline):
+            step = 0
             if request.deadline is not None:  # which of them fit is all that matters
+                if request == Request(deadline=request.deadline, delta=request.delta):
+                    step = int(_STEPS * 1e3 * ready / request.deadline)
                 deepest = max(k for k in exits if worst[k] <= request.deadline)
                 request = replace(request, deadline=deepest + 1.0)
-            return self._choice(request)
+            return self._choice(request, step)
         first, ready = self.costs.first, waits + lateness.mean
         alone = [1e3 * (ready + slower * sum(first[: k + 1])) for k in exits]
         return self._choose_at(request, alone, worst)
 
-    def _choose_alone(self, request: Request) -> tuple[OperatingPoint, dict[str, float]]:
-        """The choice where nothing waits, and a deadline is a number of exits."""
-        exits = range(1, len(self.policy.macs) + 1)
-        return self._choose_at(
-            request, [sum(self.costs.first[:k]) for k in exits], [float(k) for k in exits]
-        )
+    def _choose_alone(self, request: Request, step: int) -> tuple[OperatingPoint, dict[str, float]]:
+        """The choice where nothing waits; a deadline is a number of exits.
+
+        Each step away from the first choice, towards what exit 0 costs, must cost less.
+        """
+        alone = np.cumsum(self._shared).tolist()
+        worst = [float(k + 1) for k in range(len(alone))]
+        chosen = self._choose_at(request, alone, worst)
+        if step == 0:
+            return chosen
+        times = chosen[0].expected_cost(alone) / alone[0]
+        return self._choose_at(request, alone, worst, alone[0] * times ** (1 - step / _STEPS))
 
     def _choose_at(
-        self, request: Request, alone: list[float], worst: list[float]
+        self,
+        request: Request,
+        alone: list[float],
+        worst: list[float],
+        affordable: float = math.inf,
     ) -> tuple[OperatingPoint, dict[str, float]]:
-        point = choose(self.policy, request, alone, worst)
+        point = choose(self.policy, request, alone, worst, affordable)
         delta = self.policy.delta if request.delta is None else request.delta
         deepest = len(worst) - 1
         if request.deadline is not None:

@@ -78,7 +78,7 @@ def test_under_load_earlier_exits_answer_and_then_none(toy, images, monkeypatch)
         batches._shared = np.full(3, 0.002)
         worst = [1e3 * batches.costs.between(0, k, 1) for k in range(3)]
         deadline = {"deadline_ms": 100.0}
-        deepest, refused = [], None
+        deepest, cost, refused = [], [], None
         monkeypatch.setattr(batches, "_feed", lambda: None)  # the queue only grows
         tasks = []
         for _ in range(2000):
@@ -89,6 +89,7 @@ def test_under_load_earlier_exits_answer_and_then_none(toy, images, monkeypatch)
                 refused = error
                 break
             deepest.append(point.deepest)
+            cost.append(point.expected_cost([1.0, 2.0, 3.0]))
             tasks.append(asyncio.ensure_future(batches.answer(images[:1], deadline, now)))
             await asyncio.sleep(0)
         with pytest.raises(UnmetError) as unmet:
@@ -97,12 +98,14 @@ def test_under_load_earlier_exits_answer_and_then_none(toy, images, monkeypatch)
             task.cancel()
         monkeypatch.undo()
         batches._waiting = [deque() for _ in range(3)]
-        return deepest, refused, unmet.value, worst
+        return deepest, cost, refused, unmet.value, worst
 
-    deepest, refused, unmet, worst = run(toy, ask)
+    deepest, cost, refused, unmet, worst = run(toy, ask)
     assert deepest[0] == 2
     assert deepest[-1] == 0
     assert deepest == sorted(deepest, reverse=True)
+    assert cost == sorted(cost, reverse=True)
+    assert cost[-1] < cost[len(cost) // 3] < cost[0], "cheaper long before nothing fits"
     assert refused is not None
     assert refused.seconds > 0
     assert unmet.nearest == pytest.approx(worst[0], rel=1e-6), "no load would help: it is named"
