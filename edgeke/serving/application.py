@@ -42,9 +42,7 @@ from edgeke.serving.protocol import (
     write_infer,
 )
 
-# In an ASGI scope: when a request came to the front, by the wall clock; what to call when its
-# answer has left.
-CAME, _LEFT = "edgeke.came", "edgeke.left"
+CAME = "edgeke.came"  # in an ASGI scope: when a request came to the front, by the wall clock
 MODEL = "edgeke"
 VERSION = "1"
 _LOG = logging.getLogger("edgeke.serving")
@@ -208,8 +206,6 @@ class Server:
                 }
                 _LOG.info("request", extra={"fields": fields})
             await response(scope, receive, send)
-            if _LEFT in scope:
-                scope[_LEFT]()
 
         return run
 
@@ -312,7 +308,7 @@ class Server:
         most = max(1, self.settings.body_limit // size)
         asked = parse_infer(body, head, classifier.image_shape, most)
         answers = await batches.answer(asked.images, asked.requirements, arrived)
-        self.count(request, batches, answers)
+        self.count(answers)
         self._keep(asked.images, answers, classifier)
         labels = np.where(answers.unsure, -1, answers.probabilities.argmax(-1))
         names = np.asarray([*classifier.classes, "unsure"], object)  # -1 is the last
@@ -337,7 +333,7 @@ class Server:
         pixels = await asyncio.to_thread(_decode, body, classifier)
         answers = await batches.answer(pixels[None], requirements, arrived, name)
         if name is None:  # what the page compares with does not count as an exit taken
-            self.count(request, batches, answers)
+            self.count(answers)
             self._keep(pixels[None], answers, classifier)
         return JSONResponse(_answer(answers, 0, classifier))
 
@@ -363,9 +359,8 @@ class Server:
                 return FileResponse(file)
         raise HTTPException(404, "there is no such sample")
 
-    def count(self, request: Request, batches: Batches, answers: Answers) -> None:
+    def count(self, answers: Answers) -> None:
         """Count a request that was answered, and say when promises are void."""
-        request.scope[_LEFT] = partial(batches.see, answers)
         if self._alarm and answers.holds:
             self._alarm = False  # a model of another policy has taken over
         elif not self._alarm and not answers.holds:

@@ -50,8 +50,7 @@ class Answers:
     """What a request gets: `exit` `[N]` in 0..E (E = voted), `probabilities` `[N, K]`.
 
     `promised`: what holds for the point, by the names of requirements. `late`: a deadline was
-    missed all the same. `expected`: when it should have been there, by `time.perf_counter`.
-    `holds`: false after an alarm of shift, when nothing is promised.
+    missed all the same. `holds`: false after an alarm of shift, when nothing is promised.
     """
 
     exit: NDArray[np.int64]
@@ -60,7 +59,6 @@ class Answers:
     promised: Mapping[str, float]
     seconds: float
     late: bool
-    expected: float
     holds: bool = True
 
     @property
@@ -76,7 +74,6 @@ class _Job:
 
     arrived: float
     deadline: float
-    expected: float
     point: OperatingPoint
     promised: Mapping[str, float]
     left: NDArray[np.float64]  # seconds of work an image has before it, at each segment
@@ -246,7 +243,6 @@ class Batches:
         job = _Job(
             arrived,
             arrived + seconds,
-            expected,
             point,
             promised,
             after / np.maximum(reached, 1.0),
@@ -261,7 +257,9 @@ class Batches:
         self._waiting[segment].append(_Part(job, np.arange(count), features, earlier))
         self._backlog += count * job.left[segment]
         self._feed()
-        return await job.done
+        answers = await job.done
+        self._lateness.see(time.perf_counter() - expected)
+        return answers
 
     def features_shape(self, exit: int) -> tuple[int, int, int]:
         """What an exit gives to the next one, `(C, H, W)`."""
@@ -272,10 +270,6 @@ class Batches:
         waited = time.perf_counter() - arrived
         waits = self._work_left * self._slower * _LONGER
         return waited + waits + work * self._slower + self._lateness.worst
-
-    def see(self, answers: Answers) -> None:
-        """Learn from an answer that has just left."""
-        self._lateness.see(time.perf_counter() - answers.expected)
 
     def _admit(
         self, count: int, requirements: Mapping[str, Any], arrived: float
@@ -449,14 +443,7 @@ class Batches:
                 took, late = now - job.arrived, now > job.deadline
                 holds = self.classifier.promised
                 answers = Answers(
-                    job.exit,
-                    probabilities,
-                    job.point,
-                    job.promised,
-                    took,
-                    late,
-                    job.expected,
-                    holds,
+                    job.exit, probabilities, job.point, job.promised, took, late, holds
                 )
                 job.done.set_result(answers)
 

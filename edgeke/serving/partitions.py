@@ -48,7 +48,7 @@ def routes(server: "Server", prefix: str) -> list[Route]:
         name, message, deadline = _parse(body, request.headers)
         features = _features(message, after, batches)
         answers = await finish(batches, after, features, arrived, deadline)
-        server.count(request, batches, answers)
+        server.count(answers)
         asked = InferRequest(name, features, {}, {"probabilities": True})
         said = {**_segments(batches), "milliseconds": round(answers.seconds * 1e3, 3)}
         model = f"edgeke/after/{request.path_params['after']}"
