@@ -42,7 +42,7 @@ from starlette.routing import Route
 from edgeke.data.dataset import channels_last, load_dataset
 from edgeke.device.classifier import Classifier
 from edgeke.device.session import open_session
-from edgeke.serving.front import Protocol
+from edgeke.serving.front import UVICORN
 from edgeke.serving.protocol import parse_infer, write_infer
 
 PORT = 18_473
@@ -197,10 +197,7 @@ def serve_static(model: str, shape: list[int], port: int) -> None:
         return Response(b"")
 
     routes = [Route(PATH, infer, methods=["POST"]), Route("/v2/health/ready", ready)]
-    uvicorn.run(
-        Starlette(routes=routes), port=port, http=Protocol, loop="edgeke.serving.front:Loop",
-        access_log=False, log_config=None, proxy_headers=False,
-    )  # fmt: skip
+    uvicorn.run(Starlette(routes=routes), port=port, **UVICORN)
 
 
 class Running:

@@ -62,7 +62,7 @@ def _serve(options: argparse.Namespace) -> int:
         import uvicorn
 
         from edgeke.serving.application import JsonLines, Server, Settings
-        from edgeke.serving.front import Protocol
+        from edgeke.serving.front import UVICORN
         from edgeke.serving.keep import parse_size
     except ImportError as error:
         raise InputError(
@@ -92,12 +92,7 @@ def _serve(options: argparse.Namespace) -> int:
         server.application,
         host=options.host,
         port=options.port,
-        http=Protocol,
-        loop="edgeke.serving.front:Loop",
-        proxy_headers=False,
-        access_log=False,
-        log_config=None,
-        server_header=False,
+        **UVICORN,
         ssl_certfile=options.tls_certificate,
         ssl_keyfile=options.tls_key,
         timeout_keep_alive=30,

@@ -31,7 +31,7 @@ from edgeke.device.decode import fit_picture, open_picture
 from edgeke.errors import InputError
 from edgeke.serving import page, partitions
 from edgeke.serving.batches import Answers, Batches, BusyError
-from edgeke.serving.front import ARRIVED
+from edgeke.serving.front import arrived
 from edgeke.serving.keep import Keeper, no_exit_was_sure
 from edgeke.serving.metrics import Metrics
 from edgeke.serving.protocol import (
@@ -42,7 +42,6 @@ from edgeke.serving.protocol import (
     write_infer,
 )
 
-CAME = "edgeke.came"  # in an ASGI scope: when a request came to the front, by the wall clock
 MODEL = "edgeke"
 VERSION = "1"
 _LOG = logging.getLogger("edgeke.serving")
@@ -297,17 +296,17 @@ class Server:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _infer(self, request: Request) -> Response:
-        arrived = _arrived(request)
+        came = arrived(request.scope)
         head = _length(request, "inference-header-content-length")
         size = max(1, math.prod(self.open_batches.classifier.image_shape))
         images = 1 if head is None else ((_length(request, "content-length") or 0) - head) // size
-        self.open_batches.check_load(arrived, max(1, images))
+        self.open_batches.check_load(came, max(1, images))
         body = await self.body(request)
         batches = self.open_batches  # the model may have been replaced meanwhile
         classifier = batches.classifier
         most = max(1, self.settings.body_limit // size)
         asked = parse_infer(body, head, classifier.image_shape, most)
-        answers = await batches.answer(asked.images, asked.requirements, arrived)
+        answers = await batches.answer(asked.images, asked.requirements, came)
         self.count(answers)
         self._keep(asked.images, answers, classifier)
         labels = np.where(answers.unsure, -1, answers.probabilities.argmax(-1))
@@ -322,8 +321,8 @@ class Server:
         return Response(content, headers=headers)
 
     async def _classify(self, request: Request) -> Response:
-        arrived = _arrived(request)
-        self.open_batches.check_load(arrived)
+        came = arrived(request.scope)
+        self.open_batches.check_load(came)
         query = dict(request.query_params)
         name = query.pop("point", None)
         requirements = check_requirements(query)
@@ -331,7 +330,7 @@ class Server:
         batches = self.open_batches
         classifier = batches.classifier
         pixels = await asyncio.to_thread(_decode, body, classifier)
-        answers = await batches.answer(pixels[None], requirements, arrived, name)
+        answers = await batches.answer(pixels[None], requirements, came, name)
         if name is None:  # what the page compares with does not count as an exit taken
             self.count(answers)
             self._keep(pixels[None], answers, classifier)
@@ -399,14 +398,6 @@ class Server:
         if encoding not in ("gzip", "deflate"):
             raise HTTPException(415, "use Content-Encoding gzip or deflate, or none")
         return await asyncio.to_thread(_unpack, bytes(body), encoding, limit)
-
-
-def _arrived(request: Request) -> float:
-    """When a request came, by `time.perf_counter`; one from another process has waited before."""
-    now = time.perf_counter()
-    if CAME in request.scope:
-        return now - max(0.0, time.time() - float(request.scope[CAME]))
-    return float(request.scope.get(ARRIVED, now))
 
 
 def _length(request: Request, name: str) -> int | None:

@@ -7,10 +7,14 @@ were refused, a turn took 0.4 seconds here, and the segments' thread waited for 
 import asyncio
 import selectors
 import time
+from collections.abc import MutableMapping
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-ARRIVED = "edgeke.arrived"  # in an ASGI scope: when it came at the earliest, by `perf_counter`
+# In an ASGI scope: when a request came at the earliest, by `time.perf_counter`; and when it came to
+# another process that has handed it on, by the wall clock.
+ARRIVED, CAME = "edgeke.arrived", "edgeke.came"
 _SOCKETS = 8  # are read in one turn of the loop
 _HEADERS = 64 * 2**10  # bytes of a request's head
 
@@ -51,6 +55,14 @@ class Loop(asyncio.SelectorEventLoop):
     def since(self) -> float:
         """The earliest time, by `time.perf_counter`, at which what is read now can have come."""
         return self._sockets.since
+
+
+def arrived(scope: MutableMapping[str, Any]) -> float:
+    """When a request came, by `time.perf_counter`."""
+    now = time.perf_counter()
+    if CAME in scope:
+        return now - max(0.0, time.time() - float(scope[CAME]))
+    return float(scope.get(ARRIVED, now))
 
 
 class Protocol(HttpToolsProtocol):
@@ -97,3 +109,14 @@ class Protocol(HttpToolsProtocol):
         self._headers += len(part)
         if self._headers > _HEADERS:
             raise ValueError("too large")  # the parser gives up, and 400 is answered
+
+
+# How uvicorn serves an application of ours.
+UVICORN: dict[str, Any] = {
+    "http": Protocol,
+    "loop": "edgeke.serving.front:Loop",
+    "proxy_headers": False,
+    "server_header": False,
+    "access_log": False,
+    "log_config": None,
+}
