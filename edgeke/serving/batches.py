@@ -31,7 +31,7 @@ _MEASURE_SECONDS = 2.0
 # How many times its expected time a batch may have taken lately: known at most, and forgotten so.
 _MOST_SLACK, _FORGET = 4.0, 0.9
 _HALVE = 1.0  # seconds after which a late answer counts half
-_LONGER = 1.15  # how many times longer than expected the wait may be
+_LONGER = 1.25  # how many times longer than expected the wait may be
 _CHOICES = 1024  # that are remembered
 _STEPS = 10  # from the most accurate point to the cheapest, while waiting uses up a deadline
 _WORDS = {"mean_latency_ms": "mean_cost", "deadline_ms": "deadline"}
@@ -267,20 +267,19 @@ class Batches:
 
     def at_worst(self, arrived: float, work: float) -> float:
         """Seconds from `arrived` to an answer that takes so much work, as late as others were."""
-        waited = time.perf_counter() - arrived
-        waits = self._work_left * self._slower * _LONGER
-        return waited + waits + work * self._slower + self._lateness.worst
+        waits = (self._work_left * _LONGER + work) * self._slower
+        return time.perf_counter() - arrived + waits + self._lateness.worst
 
     def _admit(
         self, count: int, requirements: Mapping[str, Any], arrived: float
     ) -> tuple[OperatingPoint, dict[str, float]]:
         """The point that keeps the requirements with all that waits. Errors: as `answer`."""
         request = Request(**{_WORDS.get(name, name): v for name, v in requirements.items()})
-        waits = time.perf_counter() - arrived + self._work_left * self._slower
+        waits = time.perf_counter() - arrived + self.backlog
         try:
-            point = self._choose(count, request, waits, self._lateness)
+            point = self._choose(count, request, waits, self.at_worst(arrived, 0.0))
         except UnmetError as error:
-            self._choose(count, request, 0.0, _Lateness())  # no load would help: its own error
+            self._choose(count, request, 0.0, 0.0)  # no load would help: its own error
             raise BusyError(
                 f"{waits:.3f} seconds of work wait; without them this could be met ({error})", waits
             ) from None
@@ -297,22 +296,24 @@ class Batches:
         return point, {"delta": self.policy.delta}
 
     def _choose(
-        self, count: int, request: Request, waits: float, lateness: _Lateness
+        self, count: int, request: Request, waits: float, at_worst: float
     ) -> tuple[OperatingPoint, dict[str, float]]:
-        """The point for a request, and what it promises, if its own work begins after `waits`."""
+        """The point for a request, and what it promises, if so many seconds pass before its work.
+
+        `waits`: as expected; `at_worst`: as for a deadline.
+        """
         exits, slower = range(len(self.policy.macs)), self._slower
-        ready = waits * _LONGER + lateness.worst
-        worst = [1e3 * (ready + slower * self.costs.between(0, k, count)) for k in exits]
+        worst = [1e3 * (at_worst + slower * self.costs.between(0, k, count)) for k in exits]
         if request.mean_cost is None and (request.deadline is None or worst[0] <= request.deadline):
             step = 0
             if request.deadline is not None:  # which of them fit is all that matters
                 if request == Request(deadline=request.deadline, delta=request.delta):
-                    step = int(_STEPS * 1e3 * ready / request.deadline)
+                    step = int(_STEPS * 1e3 * at_worst / request.deadline)
                 deepest = max(k for k in exits if worst[k] <= request.deadline)
                 request = replace(request, deadline=deepest + 1.0)
             return self._choice(request, step)
-        first, ready = self.costs.first, waits + lateness.mean
-        alone = [1e3 * (ready + slower * sum(first[: k + 1])) for k in exits]
+        first = self.costs.first
+        alone = [1e3 * (waits + slower * sum(first[: k + 1])) for k in exits]
         return self._choose_at(request, alone, worst)
 
     def _choose_alone(self, request: Request, step: int) -> tuple[OperatingPoint, dict[str, float]]:
