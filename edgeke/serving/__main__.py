@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32, help="most images in one batch")
     parser.add_argument(
         "--longest", type=float, default=1.0, metavar="SECONDS",
-        help="of work that may wait before requests are refused",
+        help="that an answer may take; the deadline, where all requests have the same",
     )  # fmt: skip
     parser.add_argument("--body-limit", type=int, default=32, metavar="MIB")
     parser.add_argument("--tls-certificate", type=Path)

@@ -55,7 +55,7 @@ class Settings:
     """How a bundle is served.
 
     `body_limit` in bytes; `body_seconds`: a client must have sent its body by then; `batch`: most
-    images of one batch; `longest`: seconds of work that may wait before requests are refused.
+    images of one batch; `longest`: seconds that an answer may take before requests are refused.
     `shift_state`: the file of `Classifier.shift`; `keep_unsure`: a folder for images that no exit
     was sure of and for those after an alarm, of at most `keep_limit` bytes.
     """

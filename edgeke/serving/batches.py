@@ -30,7 +30,7 @@ _BATCH_SECONDS = 0.005
 _MEASURE_SECONDS = 2.0
 # How many times its expected time a batch may have taken lately: known at most, and forgotten so.
 _MOST_SLACK, _FORGET = 4.0, 0.9
-_HALVE = 1.0  # seconds after which a late answer counts half
+_HALVE = 2.0  # seconds after which a late answer counts half
 _LONGER = 1.25  # how many times longer than expected the wait may be
 _CHOICES = 1024  # that are remembered
 _STEPS = 10  # from the most accurate point to the cheapest, while waiting uses up a deadline
@@ -139,7 +139,7 @@ class Batches:
 
     classifier: Classifier
     most: int = 32
-    longest: float = 1.0  # seconds of work that may wait
+    longest: float = 1.0  # seconds that an answer may take when no deadline is given
     known: SegmentCosts | None = None  # costs that need no measuring: a cluster's plan
     costs: SegmentCosts = field(init=False)
 
@@ -174,8 +174,12 @@ class Batches:
         return max(0.0, self._backlog)  # sums of floats may end below 0
 
     def check_load(self, arrived: float, images: int = 1) -> None:
-        """Errors: BusyError when an answer may take longer than `longest`, whatever is asked."""
-        seconds = self.at_worst(arrived, self.costs.between(0, 0, images))
+        """Errors: BusyError when an answer may take longer than `longest`, whatever is asked.
+
+        A request that takes longer alone has only to wait for less.
+        """
+        work = self.costs.between(0, 0, images)
+        seconds = self.at_worst(arrived, work if work < self.longest else 0.0)
         if seconds > self.longest:
             raise BusyError(f"{seconds:.3f} seconds of work wait; ask again later", seconds)
 
