@@ -284,9 +284,11 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
     loads, rows = [*result["overload"]], [*result["overload"].values()]
     figure, (kept, speed, exits) = pyplot.subplots(1, 3, figsize=(12, 3.2))
-    kept.plot(loads, [100 * row["within_deadline"] for row in rows], "o-")
+    kept.plot(loads, [100 * row["within_deadline"] for row in rows], "o-", label="in time")
+    kept.plot(loads, [100 * row["refused"] for row in rows], "s:", color="grey", label="refused")
     kept.set_ylim(0, 103)
-    kept.set_title(f"% of accepted within {result['deadline_ms']:g} ms")
+    kept.legend(fontsize=7)
+    kept.set_title(f"% of accepted within {result['deadline_ms']:g} ms; of all refused")
     speed.plot(loads, [row["goodput_images_per_second"] for row in rows], "o-")
     speed.axhline(result["images_per_second"], color="grey", linewidth=1, linestyle="--")
     speed.set_ylim(0)
@@ -299,7 +301,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     exits.legend(fontsize=7)
     exits.set_title("% of answers by exit")
     for plot in (kept, speed, exits):
-        plot.set_xlabel("requests, times the capacity")
+        plot.set_xlabel("load, times the capacity")
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
 
