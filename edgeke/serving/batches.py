@@ -156,7 +156,7 @@ class Batches:
         self._shared = np.array(per_image)
         self._waiting: list[deque[_Part]] = [deque() for _ in exits]
         self._backlog = 0.0  # expected seconds of all that was accepted
-        self._slower = 1.0  # how many times longer than measured at the start batches take now
+        self._slowed = 1.0  # how many times longer than measured at the start batches took lately
         self._lateness = _Lateness()
         self._choice = lru_cache(_CHOICES)(self._choose_alone)
         self._closing = False
@@ -168,6 +168,12 @@ class Batches:
     def backlog(self) -> float:
         """Seconds that a new image waits, as expected now."""
         return self._work_left * self._slower + self._lateness.mean
+
+    @property
+    def _slower(self) -> float:
+        """How many times longer batches take now; an idle server forgets it."""
+        forgotten: float = 0.5 ** ((time.perf_counter() - self._ended) / _HALVE)
+        return 1 + (self._slowed - 1) * forgotten
 
     @property
     def _work_left(self) -> float:
@@ -281,9 +287,10 @@ class Batches:
         request = Request(**{_WORDS.get(name, name): v for name, v in requirements.items()})
         waits = time.perf_counter() - arrived + self.backlog
         try:
-            point = self._choose(count, request, waits, self.at_worst(arrived, 0.0))
+            at_worst = self.at_worst(arrived, 0.0)
+            point = self._choose(count, request, waits, at_worst, self._slower)
         except UnmetError as error:
-            self._choose(count, request, 0.0, 0.0)  # no load would help: its own error
+            self._choose(count, request, 0.0, 0.0, 1.0)  # no load would help: its own error
             raise BusyError(
                 f"{waits:.3f} seconds of work wait; without them this could be met ({error})", waits
             ) from None
@@ -300,13 +307,13 @@ class Batches:
         return point, {"delta": self.policy.delta}
 
     def _choose(
-        self, count: int, request: Request, waits: float, at_worst: float
+        self, count: int, request: Request, waits: float, at_worst: float, slower: float
     ) -> tuple[OperatingPoint, dict[str, float]]:
         """The point for a request, and what it promises, if so many seconds pass before its work.
 
-        `waits`: as expected; `at_worst`: as for a deadline.
+        `waits`: as expected; `at_worst`: as for a deadline; `slower`: times what was measured.
         """
-        exits, slower = range(len(self.policy.macs)), self._slower
+        exits = range(len(self.policy.macs))
         worst = [1e3 * (at_worst + slower * self.costs.between(0, k, count)) for k in exits]
         if request.mean_cost is None and (request.deadline is None or worst[0] <= request.deadline):
             step = 0
@@ -424,7 +431,7 @@ class Batches:
     def _settle(self, segment: int, parts: list[_Part], ran: _Ran, seconds: float) -> None:
         """Hand out the answers; images that no exit was sure of yet wait for the next segment."""
         ratio = min(seconds / self.costs.batch(segment, len(ran.sure)), _MOST_SLACK)
-        self._slower = max(1.0, _FORGET * self._slower + (1 - _FORGET) * ratio)
+        self._slowed = max(1.0, _FORGET * self._slowed + (1 - _FORGET) * ratio)
         start, last = 0, segment == len(self._waiting) - 1
         for part in parts:
             job, rows = part.job, slice(start, start + len(part.places))

@@ -184,6 +184,19 @@ def test_three_times_too_much_is_answered_in_time_or_refused_at_once(toy, images
     assert sorted(refused)[len(refused) // 2] < 0.005
 
 
+def test_a_server_that_was_slow_is_busy_and_forgets_it(toy, images):
+    async def ask(batches):
+        alone = 1e3 * batches.costs.between(0, 0, 1)
+        now = time.perf_counter()
+        batches._slowed, batches._ended = 100.0, now
+        with pytest.raises(BusyError):
+            batches._admit(1, {"deadline_ms": 50 * alone}, now)
+        batches._ended -= 60.0  # seconds ago
+        batches._admit(1, {"deadline_ms": 50 * alone}, time.perf_counter())
+
+    run(toy, ask)
+
+
 def test_answers_that_left_late_are_expected_again_until_they_are_forgotten(toy, images):
     async def ask(batches):
         def answer():
