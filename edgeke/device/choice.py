@@ -130,19 +130,14 @@ class _Limit:
 
 
 def choose(
-    policy: Policy,
-    request: Request,
-    costs: Sequence[float],
-    worst: Sequence[float] | None = None,
-    affordable: float = math.inf,
+    policy: Policy, request: Request, costs: Sequence[float], worst: Sequence[float] | None = None
 ) -> OperatingPoint:
     """The operating point for a request, at a device's increasing costs `[E]`.
 
     With a mean cost or a deadline: the most accurate point (on validation) that fits. With
     accuracy or degradation alone: the cheapest. With a recall: the fewest false alarms. With an
     error among the sure: the most sure images. With nothing requested: the default. `worst` `[E]`
-    are the costs that a deadline is compared with (default: `costs`). Points that cost more than
-    `affordable` in the mean on calibration are left out where one is left. Accuracy and degradation
+    are the costs that a deadline is compared with (default: `costs`). Accuracy and degradation
     together are kept by one point that calibration certifies for both (docs/promises.md).
     Errors: UnmetError, naming the nearest attainable value; InputError for costs that do not
     increase.
@@ -157,7 +152,6 @@ def choose(
         return policy.point(policy.default)
     deepest = exits - 1 if request.deadline is None else _deepest(request.deadline, worst)
     points = [point for point in _family(policy, request) if point.deepest <= deepest]
-    points = [p for p in points if p.expected_cost(costs) <= affordable] or points
     delta = policy.delta if request.delta is None else request.delta
     limits = _limits(policy, request, costs, deepest, delta)
     kept = [point for point in points if all(limit.allows(point) for limit in limits)]

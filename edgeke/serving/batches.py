@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgeke.device.choice import Request, UnmetError, choose
 from edgeke.device.classifier import Classifier
-from edgeke.device.policy import OperatingPoint
+from edgeke.device.policy import OperatingPoint, Policy
 from edgeke.device.scores import biased, vote
 from edgeke.errors import InputError
 from edgeke.serving.costs import SegmentCosts, measure
@@ -325,7 +325,7 @@ class Batches:
             return self._choice(request, step)
         first = self.costs.first
         alone = [1e3 * (waits + slower * sum(first[: k + 1])) for k in exits]
-        return self._choose_at(request, alone, worst)
+        return self._choose_at(self.policy, request, alone, worst)
 
     def _choose_alone(self, request: Request, step: int) -> tuple[OperatingPoint, dict[str, float]]:
         """The choice where nothing waits; a deadline is a number of exits.
@@ -334,20 +334,21 @@ class Batches:
         """
         alone = np.cumsum(self._shared).tolist()
         worst = [float(k + 1) for k in range(len(alone))]
-        chosen = self._choose_at(request, alone, worst)
+        chosen = self._choose_at(self.policy, request, alone, worst)
         if step == 0:
             return chosen
         times = chosen[0].expected_cost(alone) / alone[0]
-        return self._choose_at(request, alone, worst, alone[0] * times ** (1 - step / _STEPS))
+        most = alone[0] * times ** (1 - step / _STEPS)
+        points = tuple(p for p in self.policy.points if p.expected_cost(alone) <= most)
+        try:
+            return self._choose_at(replace(self.policy, points=points), request, alone, worst)
+        except ValueError:  # there is no such point
+            return chosen
 
     def _choose_at(
-        self,
-        request: Request,
-        alone: list[float],
-        worst: list[float],
-        affordable: float = math.inf,
+        self, policy: Policy, request: Request, alone: list[float], worst: list[float]
     ) -> tuple[OperatingPoint, dict[str, float]]:
-        point = choose(self.policy, request, alone, worst, affordable)
+        point = choose(policy, request, alone, worst)
         delta = self.policy.delta if request.delta is None else request.delta
         deepest = len(worst) - 1
         if request.deadline is not None:
