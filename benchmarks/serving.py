@@ -2,10 +2,12 @@
 
 (1) Images a second of `edgeke.serving` at the default point, over those of the plain network behind
 the same library and protocol, and accuracy of both, on test images. (2) Load that does not wait for
-answers, from another process, at 0.5 to 20 times the capacity found in (1): of what was accepted,
-the share that its client had within the deadline, counted from when it should have been sent;
-exits, accuracy, refusals. (3) Median milliseconds that one client's request takes beyond
-`Classifier.predict`. Loopback, one ONNX Runtime thread. The last line is JSON.
+answers, from another process, at 0.5 to 20 times the capacity found in (1), at random times: of
+what was accepted, the share that its client had within the deadline, counted from when it was
+sent; goodput (images a second answered in time), refusals, exits, accuracy; how late the client
+itself was, and what it could not send. `--longest` of the server is the deadline. (3) Median
+milliseconds that one client's request takes beyond `Classifier.predict`. Loopback, one ONNX Runtime
+thread. The last line is JSON.
 
 With --ray instead: images a second of 1 and of 2 replicas on Ray Serve, over those of the server
 alone, in turn.
@@ -13,19 +15,24 @@ alone, in turn.
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
+import random
+import socket
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -35,11 +42,13 @@ from starlette.routing import Route
 from edgeke.data.dataset import channels_last, load_dataset
 from edgeke.device.classifier import Classifier
 from edgeke.device.session import open_session
+from edgeke.serving.front import UVICORN
 from edgeke.serving.protocol import parse_infer, write_infer
 
 PORT = 18_473
 PATH = "/v2/models/edgeke/infer"
-_MOST_CONNECTIONS = 400
+_CONNECTIONS = 400
+_LOADS = (0.5, 1, 2, 5, 20)  # times the capacity
 
 
 def request_bytes(images: np.ndarray, parameters: dict[str, Any]) -> bytes:
@@ -62,82 +71,111 @@ def request_bytes(images: np.ndarray, parameters: dict[str, Any]) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + head + images.tobytes()
 
 
-async def exchange(streams: Any, request: bytes) -> tuple[int, bytes]:
-    """Status and body."""
-    reader, writer = streams
-    writer.write(request)
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-    length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
-    return int(head.split()[1]), await reader.readexactly(length)
+class Connection(asyncio.Protocol):
+    """One client: sends a request, and hands its answer to `done`."""
+
+    def __init__(self, done: Callable[["Connection", "Answer"], None]) -> None:
+        self._done = done
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def ask(self, requests: list[bytes], number: int, due: float) -> None:
+        self._which, self._due, self._answer, self._length = number % len(requests), due, b"", 0
+        self._sent = time.perf_counter()
+        self.transport.write(requests[self._which])
+
+    def data_received(self, data: bytes) -> None:
+        self._answer += data
+        if not self._length and (end := self._answer.find(b"\r\n\r\n")) > 0:
+            length = self._answer[:end].lower().partition(b"content-length: ")[2]
+            self._body = end + 4
+            self._length = self._body + int(length.split(b"\r", 1)[0])
+        if self._length and len(self._answer) >= self._length:
+            now, status = time.perf_counter(), int(self._answer[9:12])
+            late, took, body = self._sent - self._due, now - self._sent, self._answer[self._body :]
+            self._done(self, Answer(status, late, took, self._which, body))
+
+
+class Answer(NamedTuple):
+    """`late`: seconds after it was due that a request was sent; `took`: from then to its answer."""
+
+    status: int
+    late: float
+    took: float
+    which: int
+    body: bytes
+
+
+async def connect(port: int, count: int, done: Any) -> list[Connection]:
+    loop = asyncio.get_running_loop()
+    made = [
+        await loop.create_connection(lambda: Connection(done), "127.0.0.1", port)
+        for _ in range(count)
+    ]
+    gc.collect()
+    gc.disable()
+    return [connection for _, connection in made]
 
 
 async def closed_loop(port: int, requests: list[bytes], clients: int, seconds: float) -> int:
     """How many answers so many clients, each waiting for its own, got in so many seconds."""
-    end, done = time.perf_counter() + seconds, 0
+    count = answered = 0
 
-    async def one(number: int) -> None:
-        nonlocal done
-        streams = await asyncio.open_connection("127.0.0.1", port)
-        turn = number
-        while time.perf_counter() < end:
-            status, _ = await exchange(streams, requests[turn % len(requests)])
-            turn += clients
-            done += status == 200
-        streams[1].close()
+    def done(connection: Connection, answer: Answer) -> None:
+        nonlocal count, answered
+        count, answered = count + 1, answered + (answer.status == 200)
+        connection.ask(requests, count + clients, 0.0)
 
-    await asyncio.gather(*map(one, range(clients)))
-    return done
+    for number, connection in enumerate(await connect(port, clients, done)):
+        connection.ask(requests, number, 0.0)
+    await asyncio.sleep(seconds)
+    return answered
 
 
 async def open_loop(
     port: int, requests: list[bytes], rate: float, seconds: float
-) -> list[tuple[int, float, int, bytes]]:
-    """Requests at a steady rate, whatever is answered: status, seconds, which one, body.
+) -> tuple[int, int, list[Answer]]:
+    """Requests that come at random times, whatever is answered: how many were due, sent; answers.
 
-    Seconds count from when a request was due. Status 0: there was no connection left to send it.
+    What is due while all connections wait for an answer is not sent.
     """
-    free: list[Any] = []
-    made = 0
-    results: list[tuple[int, float, int, bytes]] = []
-    started = time.perf_counter()
+    answers: list[Answer] = []
 
-    async def one(number: int, due: float) -> None:
-        nonlocal made
-        which = number % len(requests)
-        if free:
-            streams = free.pop()
-        elif made < _MOST_CONNECTIONS:
-            made += 1
-            streams = await asyncio.open_connection("127.0.0.1", port)
-        else:
-            results.append((0, time.perf_counter() - due, which, b""))
-            return
-        status, body = await exchange(streams, requests[which])
-        results.append((status, time.perf_counter() - due, which, body))
-        free.append(streams)
+    def done(connection: Connection, answer: Answer) -> None:
+        answers.append(answer)
+        free.append(connection)
 
-    tasks = []
-    for number in range(int(rate * seconds)):
-        due = started + number / rate
+    free = await connect(port, _CONNECTIONS, done)
+    draw, started, number, sent = random.Random(0), time.perf_counter(), 0, 0
+    due = started + draw.expovariate(rate)
+    while due < started + seconds:
         if (wait := due - time.perf_counter()) > 0:
             await asyncio.sleep(wait)
-        elif number % 20 == 0:
-            await asyncio.sleep(0)
-        tasks.append(asyncio.ensure_future(one(number, due)))
-    await asyncio.gather(*tasks)
-    for streams in free:
-        streams[1].close()
-    return results
+        elif number % 16 == 0:
+            await asyncio.sleep(0)  # to read what has come
+        if free:
+            free.pop().ask(requests, number, due)
+            sent += 1
+        due, number = due + draw.expovariate(rate), number + 1
+    end = time.perf_counter() + 10
+    while len(free) < _CONNECTIONS and time.perf_counter() < end:
+        await asyncio.sleep(0.01)
+    return number, sent, answers
 
 
-def elsewhere(coroutine: Any, *arguments: Any) -> Any:
-    """What a coroutine returns in another process."""
+def elsewhere(function: Any, *arguments: Any) -> Any:
+    """What a function, or a coroutine, returns in another process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_run, (coroutine, arguments))
+        result = pool.apply(_run, (function, arguments))
+        pool.close()
+        pool.join()
+    return result
 
 
-def _run(coroutine: Any, arguments: tuple[Any, ...]) -> Any:
-    return asyncio.run(coroutine(*arguments))
+def _run(function: Any, arguments: tuple[Any, ...]) -> Any:
+    result = function(*arguments)
+    return asyncio.run(result) if asyncio.iscoroutine(result) else result
 
 
 def serve_static(model: str, shape: list[int], port: int) -> None:
@@ -159,7 +197,7 @@ def serve_static(model: str, shape: list[int], port: int) -> None:
         return Response(b"")
 
     routes = [Route(PATH, infer, methods=["POST"]), Route("/v2/health/ready", ready)]
-    uvicorn.run(Starlette(routes=routes), port=port, http="h11", access_log=False, log_config=None)
+    uvicorn.run(Starlette(routes=routes), port=port, **UVICORN)
 
 
 class Running:
@@ -196,26 +234,76 @@ def overload(
     deadline: float,
 ) -> dict[str, Any]:
     """One row: what became of requests at a rate."""
-    results = elsewhere(open_loop, port, requests, rate, seconds)
-    statuses = Counter(status for status, *_ in results)
+    number, sent, answers = elsewhere(open_loop, port, requests, rate, seconds)
+    statuses = Counter(each.status for each in answers)
     right, exits, total, within = 0, Counter[int](), 0, 0
-    for status, took, which, body in results:
-        if status == 200:
-            answer = {each["name"]: each["data"] for each in json.loads(body)["outputs"]}
-            right += int((np.asarray(answer["label"]) == labels[which]).sum())
-            exits.update(answer["exit"])
-            total += len(labels[which])
-            within += took * 1e3 <= deadline
-    accepted = statuses[200]
+    for each in answers:
+        if each.status == 200:
+            said = {out["name"]: out["data"] for out in json.loads(each.body)["outputs"]}
+            right += int((np.asarray(said["label"]) == labels[each.which]).sum())
+            exits.update(said["exit"])
+            total += len(labels[each.which])
+            within += each.took * 1e3 <= deadline
+    refusals = [each.took for each in answers if each.status == 503]
+    accepted = [each.took for each in answers if each.status == 200]
     return {
         "requests_per_second": rate,
-        "accepted": accepted / len(results),
-        "refused": statuses[503] / len(results),
-        "not_sent": statuses[0] / len(results),
-        "within_deadline": within / max(1, accepted),
+        "not_sent": 1 - sent / number,
+        "lost": sent - len(answers),
+        "sent_late_ms": percentiles([each.late for each in answers]),
+        "accepted": statuses[200] / len(answers),
+        "refused": statuses[503] / len(answers),
+        "other": {str(k): n for k, n in statuses.items() if k not in (200, 503)},
+        "within_deadline": within / max(1, statuses[200]),
+        "answer_ms": percentiles(accepted),
+        "refusal_ms": percentiles(refusals),
+        "goodput_images_per_second": within * len(labels[0]) / seconds,
         "accuracy": right / max(1, total),
         "exits": {str(exit): count / max(1, total) for exit, count in sorted(exits.items())},
     }
+
+
+def percentiles(seconds: list[float]) -> list[float]:
+    """Median and 99th percentile, in milliseconds."""
+    return [round(1e3 * float(each), 2) for each in np.percentile(seconds or [0.0], [50, 99])]
+
+
+def busy() -> np.ndarray:
+    """Seconds: now, of all processors' work, and of ours and of our children that have ended."""
+    times = psutil.cpu_times()
+    return np.array([time.monotonic(), sum(times) - times.idle - times.iowait, sum(os.times()[:4])])
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """Promises, goodput and exits over the load."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "edgeke"
+    from matplotlib import pyplot
+
+    loads, rows = [*result["overload"]], [*result["overload"].values()]
+    figure, (kept, speed, exits) = pyplot.subplots(1, 3, figsize=(12, 3.2))
+    kept.plot(loads, [100 * row["within_deadline"] for row in rows], "o-", label="in time")
+    kept.plot(loads, [100 * row["refused"] for row in rows], "s:", color="grey", label="refused")
+    kept.set_ylim(0, 103)
+    kept.legend(fontsize=7)
+    kept.set_title(f"% of accepted within {result['deadline_ms']:g} ms; of all refused")
+    speed.plot(loads, [row["goodput_images_per_second"] for row in rows], "o-")
+    speed.axhline(result["images_per_second"], color="grey", linewidth=1, linestyle="--")
+    speed.set_ylim(0)
+    speed.set_title("images/s in time (dashed: capacity)")
+    below = np.zeros(len(rows))
+    for exit in sorted({exit for row in rows for exit in row["exits"]}):
+        shares = np.array([100 * row["exits"].get(exit, 0.0) for row in rows])
+        exits.bar(loads, shares, bottom=below, label=f"exit {exit}")
+        below += shares
+    exits.legend(fontsize=7)
+    exits.set_title("% of answers by exit")
+    for plot in (kept, speed, exits):
+        plot.set_xlabel("load, times the capacity")
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
 
 
 def on_ray(
@@ -244,6 +332,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="in each request")
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--deadline-ms", type=float, default=100.0)
+    parser.add_argument("--loads", type=float, nargs="+", default=_LOADS, help="times the capacity")
+    parser.add_argument("--draw", type=Path, metavar="SVG", help="a picture of the loads")
     parser.add_argument("--ray", action="store_true", help="throughput on Ray Serve")
     parser.add_argument("--static", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -251,6 +341,7 @@ def main() -> None:
         model, shape, port = json.loads(options.static)
         serve_static(model, shape, port)
         return
+    before = busy()
     classifier = Classifier(options.bundle)
     suffix = ".int8" if classifier.bundle.precision == "int8" else ""
     plain = options.bundle / "static" / f"plain{suffix}.onnx"
@@ -265,7 +356,7 @@ def main() -> None:
     ]
     static = json.dumps([str(plain), list(images.shape[1:]), PORT + 1])
     ours = [sys.executable, "-m", "edgeke.serving", str(options.bundle), "--log-level", "error"]
-    ours += ["--port", str(PORT), "--longest", "60"]
+    ours += ["--port", str(PORT), "--longest", str(options.deadline_ms / 1e3)]
     if options.ray:
         print(json.dumps(on_ray(ours, options.bundle, requests, options.seconds / 2)))
         return
@@ -285,33 +376,41 @@ def main() -> None:
             "static_images_per_second": plainly,
             "throughput_over_static": capacity / plainly,
             "static_accuracy": float((answers == split.labels).mean()),
+            "deadline_ms": options.deadline_ms,
         }
         result["overload"] = {}
-        for times in (0.5, 1, 2, 5, 20):
+        for times in options.loads:
             rate = times * capacity / options.images
             row = overload(PORT, with_deadline, labels, rate, options.seconds, options.deadline_ms)
             result["overload"][f"{times:g}"] = row
             print(f"{times:g}x", json.dumps(row), flush=True)
-        result["within_deadline_at_20x"] = result["overload"]["20"]["within_deadline"]
+        result["within_deadline_at_20x"] = result["overload"].get("20", row)["within_deadline"]
         result["overhead_ms"] = elsewhere(overhead, str(options.bundle), PORT, images[:50])
+    wall, everything, ours_took = busy() - before
+    result["cores_taken_by_others"] = (everything - ours_took) / wall
+    if options.draw is not None:
+        draw(result, options.draw)
     print(json.dumps(result))
 
 
-async def overhead(bundle: str, port: int, images: np.ndarray) -> float:
+def overhead(bundle: str, port: int, images: np.ndarray) -> float:
     """Median milliseconds of one image over HTTP less those of `Classifier.predict`, in turn."""
     classifier = Classifier(bundle)
-    streams = await asyncio.open_connection("127.0.0.1", port)
     direct, served = [], []
-    for turn in range(600):
-        image = images[turn % len(images)]
-        request = request_bytes(image[None], {})
-        started = time.perf_counter()
-        classifier.predict(image)
-        between = time.perf_counter()
-        await exchange(streams, request)
-        direct.append(between - started)
-        served.append(time.perf_counter() - between)
-    streams[1].close()
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for turn in range(600):
+            image = images[turn % len(images)]
+            request = request_bytes(image[None], {})
+            started = time.perf_counter()
+            classifier.predict(image)
+            between = time.perf_counter()
+            client.sendall(request)
+            answer = client.recv(65536)
+            while not answer.endswith(b"}"):
+                answer += client.recv(65536)
+            direct.append(between - started)
+            served.append(time.perf_counter() - between)
     return 1e3 * (statistics.median(served) - statistics.median(direct))
 
 

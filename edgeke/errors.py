@@ -22,6 +22,8 @@ def escaped(text: str) -> str:
 
     Names in a file from elsewhere could otherwise hide or forge what is on the screen.
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in _HARMLESS else ascii(c)[1:-1] for c in text)
 
 

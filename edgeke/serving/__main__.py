@@ -8,8 +8,6 @@ from pathlib import Path
 
 from edgeke.errors import InputError, report
 
-_HEADERS = 64 * 2**10  # bytes
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until a signal ends it. 0 after a signal, 1 for bad input."""
@@ -22,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32, help="most images in one batch")
     parser.add_argument(
         "--longest", type=float, default=1.0, metavar="SECONDS",
-        help="of work that may wait before requests are refused",
+        help="that an answer may take; the deadline, where all requests have the same",
     )  # fmt: skip
     parser.add_argument("--body-limit", type=int, default=32, metavar="MIB")
     parser.add_argument("--tls-certificate", type=Path)
@@ -64,6 +62,7 @@ def _serve(options: argparse.Namespace) -> int:
         import uvicorn
 
         from edgeke.serving.application import JsonLines, Server, Settings
+        from edgeke.serving.front import UVICORN
         from edgeke.serving.keep import parse_size
     except ImportError as error:
         raise InputError(
@@ -93,12 +92,7 @@ def _serve(options: argparse.Namespace) -> int:
         server.application,
         host=options.host,
         port=options.port,
-        http="h11",
-        loop="asyncio",  # not whatever is installed
-        h11_max_incomplete_event_size=_HEADERS,
-        access_log=False,
-        log_config=None,
-        server_header=False,
+        **UVICORN,
         ssl_certfile=options.tls_certificate,
         ssl_keyfile=options.tls_key,
         timeout_keep_alive=30,

@@ -31,6 +31,7 @@ from edgeke.device.decode import fit_picture, open_picture
 from edgeke.errors import InputError
 from edgeke.serving import page, partitions
 from edgeke.serving.batches import Answers, Batches, BusyError
+from edgeke.serving.front import arrived
 from edgeke.serving.keep import Keeper, no_exit_was_sure
 from edgeke.serving.metrics import Metrics
 from edgeke.serving.protocol import (
@@ -41,11 +42,11 @@ from edgeke.serving.protocol import (
     write_infer,
 )
 
-CAME = "edgeke.came"  # in an ASGI scope: when a request came to the front, by the wall clock
 MODEL = "edgeke"
 VERSION = "1"
 _LOG = logging.getLogger("edgeke.serving")
 _MOST_PROBABLE = 5  # classes whose probability /classify gives
+_CHALLENGE = {"www-authenticate": "Bearer"}
 _FREE = ("/v2/health/live", "/v2/health/ready")  # no token: load balancers have none
 
 
@@ -54,7 +55,7 @@ class Settings:
     """How a bundle is served.
 
     `body_limit` in bytes; `body_seconds`: a client must have sent its body by then; `batch`: most
-    images of one batch; `longest`: seconds of work that may wait before requests are refused.
+    images of one batch; `longest`: seconds that an answer may take before requests are refused.
     `shift_state`: the file of `Classifier.shift`; `keep_unsure`: a folder for images that no exit
     was sure of and for those after an alarm, of at most `keep_limit` bytes.
     """
@@ -90,24 +91,24 @@ class Server:
     @property
     def application(self) -> Starlette:
         """The ASGI application."""
-        model = f"/v2/models/{MODEL}"
-        routes: list[Route] = [
+        model, routes = f"/v2/models/{MODEL}", list[Route]()
+        for prefix in (model, f"{model}/versions/{VERSION}"):
+            routes += [
+                Route(f"{prefix}/infer", self._infer, methods=["POST"]),  # what comes most: first
+                Route(prefix, self._model_metadata),
+                Route(f"{prefix}/ready", self._ready),
+                *partitions.routes(self, prefix),
+            ]
+        routes += [
+            Route("/classify", self._classify, methods=["POST"]),
             Route("/v2", self._server_metadata),
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
-            Route("/classify", self._classify, methods=["POST"]),
             Route("/metrics", self._metrics),
             Route("/page/model.json", self._page_model),
             Route("/page/model.onnx", self._page_file),
             Route("/page/samples/{name}", self._page_sample),
         ]
-        for prefix in (model, f"{model}/versions/{VERSION}"):
-            routes += [
-                Route(prefix, self._model_metadata),
-                Route(f"{prefix}/ready", self._ready),
-                Route(f"{prefix}/infer", self._infer, methods=["POST"]),
-                *partitions.routes(self, prefix),
-            ]
         for route in routes:
             route.app = self._guarded(route)
         return Starlette(
@@ -195,10 +196,10 @@ class Server:
             response = await self._answered(endpoint, request)
             status = str(response.status_code)
             self.metrics.requests.labels(status).inc()
-            if _LOG.isEnabledFor(logging.INFO) and request.url.path not in _FREE:
+            if _LOG.isEnabledFor(logging.INFO) and request.scope["path"] not in _FREE:
                 fields = {
                     "method": request.method,
-                    "path": request.url.path,
+                    "path": request.scope["path"],
                     "status": response.status_code,
                     "milliseconds": round((time.perf_counter() - started) * 1e3, 3),
                 }
@@ -210,15 +211,13 @@ class Server:
     async def _answered(
         self, endpoint: Callable[[Request], Awaitable[Response]], request: Request
     ) -> Response:
-        if request.url.path not in _FREE and not self._admitted(request):
-            return _refusal(401, "send the header Authorization: Bearer <token>", "Bearer")
+        if request.scope["path"] not in _FREE and not self._admitted(request):
+            return _refusal(401, "send the header Authorization: Bearer <token>", _CHALLENGE)
         try:
             return await endpoint(request)
         except BusyError as error:
             self.metrics.refused.labels("busy").inc()
-            response = _refusal(503, str(error))
-            response.headers["retry-after"] = str(max(1, math.ceil(error.seconds)))
-            return response
+            return _refusal(503, str(error), {"retry-after": str(max(1, math.ceil(error.seconds)))})
         except UnmetError as error:
             self.metrics.refused.labels("unmet").inc()
             return JSONResponse({"error": str(error), "nearest": error.nearest}, 422)
@@ -297,19 +296,17 @@ class Server:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _infer(self, request: Request) -> Response:
-        arrived = _arrived(request)
-        self.open_batches.check_load()
+        came = arrived(request.scope)
+        head = _length(request, "inference-header-content-length")
+        size = max(1, math.prod(self.open_batches.classifier.image_shape))
+        images = 1 if head is None else ((_length(request, "content-length") or 0) - head) // size
+        self.open_batches.check_load(came, max(1, images))
         body = await self.body(request)
         batches = self.open_batches  # the model may have been replaced meanwhile
-        length = request.headers.get("inference-header-content-length")
-        if length is not None and not (length.isascii() and length.isdigit()):
-            raise InputError(
-                f"Inference-Header-Content-Length = {length:.40} is no number of bytes"
-            )
         classifier = batches.classifier
-        most = max(1, self.settings.body_limit // max(1, math.prod(classifier.image_shape)))
-        asked = parse_infer(body, int(length) if length else None, classifier.image_shape, most)
-        answers = await batches.answer(asked.images, asked.requirements, arrived)
+        most = max(1, self.settings.body_limit // size)
+        asked = parse_infer(body, head, classifier.image_shape, most)
+        answers = await batches.answer(asked.images, asked.requirements, came)
         self.count(answers)
         self._keep(asked.images, answers, classifier)
         labels = np.where(answers.unsure, -1, answers.probabilities.argmax(-1))
@@ -324,8 +321,8 @@ class Server:
         return Response(content, headers=headers)
 
     async def _classify(self, request: Request) -> Response:
-        arrived = _arrived(request)
-        self.open_batches.check_load()
+        came = arrived(request.scope)
+        self.open_batches.check_load(came)
         query = dict(request.query_params)
         name = query.pop("point", None)
         requirements = check_requirements(query)
@@ -333,7 +330,7 @@ class Server:
         batches = self.open_batches
         classifier = batches.classifier
         pixels = await asyncio.to_thread(_decode, body, classifier)
-        answers = await batches.answer(pixels[None], requirements, arrived, name)
+        answers = await batches.answer(pixels[None], requirements, came, name)
         if name is None:  # what the page compares with does not count as an exit taken
             self.count(answers)
             self._keep(pixels[None], answers, classifier)
@@ -403,10 +400,14 @@ class Server:
         return await asyncio.to_thread(_unpack, bytes(body), encoding, limit)
 
 
-def _arrived(request: Request) -> float:
-    """When a request came, by `time.perf_counter`; one from another process has waited before."""
-    waited = time.time() - request.scope[CAME] if CAME in request.scope else 0.0
-    return time.perf_counter() - max(0.0, waited)
+def _length(request: Request, name: str) -> int | None:
+    """A number of bytes in the head of a request. Errors: InputError."""
+    text = request.headers.get(name)
+    if text is None:
+        return None
+    if text.isascii() and text.isdigit() and len(text) < 19:
+        return int(text)
+    raise InputError(f"{name.title()} = {text:.40} is no number of bytes")
 
 
 def _said(answers: Answers) -> dict[str, Any]:
@@ -476,8 +477,7 @@ def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
     return unpacked
 
 
-def _refusal(status: int, sentence: str, challenge: str | None = None) -> JSONResponse:
-    headers = {} if challenge is None else {"www-authenticate": challenge}
+def _refusal(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": sentence}, status, headers)
 
 

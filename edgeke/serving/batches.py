@@ -9,9 +9,10 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgeke.device.choice import Request, UnmetError, choose
 from edgeke.device.classifier import Classifier
-from edgeke.device.policy import OperatingPoint
+from edgeke.device.policy import OperatingPoint, Policy
 from edgeke.device.scores import biased, vote
 from edgeke.errors import InputError
 from edgeke.serving.costs import SegmentCosts, measure
@@ -27,11 +28,13 @@ from edgeke.serving.costs import SegmentCosts, measure
 # No batch runs longer, so that an image that is nearly done waits for no long one.
 _BATCH_SECONDS = 0.005
 _MEASURE_SECONDS = 2.0
-# How often the event loop's delay is looked at, in seconds. What waits in sockets waits for a turn
-# of the loop to be read, one to be understood, and one to be answered.
-_LOOK, _TURNS = 0.005, 3
 # How many times its expected time a batch may have taken lately: known at most, and forgotten so.
-_MOST_SLACK, _FORGET = 4.0, 0.97
+_MOST_SLACK, _FORGET = 4.0, 0.9
+_HALVE = 2.0  # seconds after which a late answer counts half
+_LONGER = 1.25  # how many times longer than expected the wait may be
+_CHOICES = 1024  # that are remembered
+_STEPS = 10  # from the most accurate point to the cheapest, while waiting uses up a deadline
+_WORDS = {"mean_latency_ms": "mean_cost", "deadline_ms": "deadline"}
 
 
 class BusyError(InputError):
@@ -98,16 +101,36 @@ class _Part:
         return one, other
 
 
-@dataclass
-class _Slack:
-    """How batches took longer than measured at the start, lately: on average, and at worst."""
+@dataclass(frozen=True)
+class _Ran:
+    """A batch: probabilities so far `[k + 1, n, K]`, features, and which are sure."""
 
-    mean: float = 1.0
-    worst: float = 1.0
+    earlier: NDArray[np.float32]
+    features: NDArray[Any]
+    sure: NDArray[np.bool_]
 
-    def see(self, ratio: float) -> None:
-        self.mean = max(1.0, _FORGET * self.mean + (1 - _FORGET) * min(ratio, _MOST_SLACK))
-        self.worst = max(1.0, min(ratio, _MOST_SLACK), _FORGET * self.worst)
+
+class _Lateness:
+    """How much later than expected answers left, lately: on average, and at worst."""
+
+    def __init__(self) -> None:
+        self._mean, self._worst, self._seen = 0.0, 0.0, 0.0
+
+    def see(self, seconds: float) -> None:
+        """One answer left so much later than expected."""
+        self._mean += (1 - _FORGET) * (max(0.0, seconds) - self._mean)
+        self._worst, self._seen = max(self.worst, seconds), time.perf_counter()
+
+    @property
+    def mean(self) -> float:
+        """Seconds."""
+        return min(self._mean, self.worst)
+
+    @property
+    def worst(self) -> float:
+        """Seconds; half as many after every `_HALVE` without a later answer."""
+        halved: float = 0.5 ** ((time.perf_counter() - self._seen) / _HALVE)
+        return self._worst * halved
 
 
 @dataclass
@@ -116,7 +139,7 @@ class Batches:
 
     classifier: Classifier
     most: int = 32
-    longest: float = 1.0  # seconds of work that may wait
+    longest: float = 1.0  # seconds that an answer may take when no deadline is given
     known: SegmentCosts | None = None  # costs that need no measuring: a cluster's plan
     costs: SegmentCosts = field(init=False)
 
@@ -133,24 +156,38 @@ class Batches:
         self._shared = np.array(per_image)
         self._waiting: list[deque[_Part]] = [deque() for _ in exits]
         self._backlog = 0.0  # expected seconds of all that was accepted
-        self._slack = _Slack()
-        self._lag = 0.0  # seconds that a turn of the event loop takes
-        self._wake = asyncio.Event()
+        self._slowed = 1.0  # how many times longer than measured at the start batches took lately
+        self._lateness = _Lateness()
+        self._choice = lru_cache(_CHOICES)(self._choose_alone)
         self._closing = False
         self._pool = ThreadPoolExecutor(1, "segments")
-        self._worker: asyncio.Task[None] | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._running, self._ended = 0, 0.0  # batches that the thread has; when it ended the last
+        self._idle = asyncio.Event()
 
     @property
     def backlog(self) -> float:
-        """Seconds that a new image waits, as expected now: for other work, and to be read."""
-        return max(0.0, self._backlog) * self._slack.mean + _TURNS * self._lag
+        """Seconds that a new image waits, as expected now."""
+        return self._work_left * self._slower + self._lateness.mean
 
-    def check_load(self) -> None:
-        """Errors: BusyError when more waits than `longest`, whatever a request says."""
-        if self.backlog > self.longest:
-            seconds = self.backlog - self.longest
-            raise BusyError(f"{self.backlog:.3f} seconds of work wait; ask again later", seconds)
+    @property
+    def _slower(self) -> float:
+        """How many times longer batches take now; an idle server forgets it."""
+        forgotten: float = 0.5 ** ((time.perf_counter() - self._ended) / _HALVE)
+        return 1 + (self._slowed - 1) * forgotten
+
+    @property
+    def _work_left(self) -> float:
+        return max(0.0, self._backlog)  # sums of floats may end below 0
+
+    def check_load(self, arrived: float, images: int = 1) -> None:
+        """Errors: BusyError when an answer may take longer than `longest`, whatever is asked.
+
+        A request that takes longer alone has only to wait for less.
+        """
+        work = self.costs.between(0, 0, images)
+        seconds = self.at_worst(arrived, work if work < self.longest else 0.0)
+        if seconds > self.longest:
+            raise BusyError(f"{seconds:.3f} seconds of work wait; ask again later", seconds)
 
     @property
     def images(self) -> int:
@@ -159,17 +196,14 @@ class Batches:
 
     def start(self) -> None:
         """Begin to answer."""
-        self._worker = asyncio.create_task(self._work())
-        self._watch = asyncio.create_task(self._look())
+        self._loop = asyncio.get_running_loop()
+        self._feed()
 
     async def close(self) -> None:
         """Answer all that was accepted, then stop."""
         self._closing = True
-        self._wake.set()
-        if self._watch is not None:
-            self._watch.cancel()
-        if self._worker is not None:
-            await self._worker
+        self._feed()
+        await self._idle.wait()
         self._pool.shutdown()
 
     async def answer(
@@ -190,7 +224,7 @@ class Batches:
         if name is None:
             point, promised = self._admit(len(images), requirements, arrived)
         else:
-            point, promised = self._at(name, requirements)
+            point, promised = self._at(name, requirements, arrived)
         seconds = requirements.get("deadline_ms", math.inf) / 1e3
         return await self.enqueue(images, point, promised, arrived, seconds, weighed=name is None)
 
@@ -211,6 +245,8 @@ class Batches:
         """
         if self._closing:
             raise BusyError("the model is being replaced; ask again", 1.0)
+        own = self.costs.between(segment, point.deepest, len(features)) * self._slower
+        expected = time.perf_counter() + self._work_left * self._slower + own
         reached = np.asarray(point.reached, float)
         after = np.cumsum((self._shared * reached)[::-1])[::-1]
         count, classes = len(features), len(self.classifier.classes)
@@ -230,54 +266,93 @@ class Batches:
         earlier = np.zeros((segment, count, classes), np.float32)
         self._waiting[segment].append(_Part(job, np.arange(count), features, earlier))
         self._backlog += count * job.left[segment]
-        self._wake.set()
-        return await job.done
+        self._feed()
+        answers = await job.done
+        self._lateness.see(time.perf_counter() - expected)
+        return answers
 
     def features_shape(self, exit: int) -> tuple[int, int, int]:
         """What an exit gives to the next one, `(C, H, W)`."""
         return self._segments.features_shape(exit)
 
+    def at_worst(self, arrived: float, work: float) -> float:
+        """Seconds from `arrived` to an answer that takes so much work, as late as others were."""
+        waits = (self._work_left * _LONGER + work) * self._slower
+        return time.perf_counter() - arrived + waits + self._lateness.worst
+
     def _admit(
         self, count: int, requirements: Mapping[str, Any], arrived: float
     ) -> tuple[OperatingPoint, dict[str, float]]:
         """The point that keeps the requirements with all that waits. Errors: as `answer`."""
-        waits = self.backlog + time.perf_counter() - arrived
+        request = Request(**{_WORDS.get(name, name): v for name, v in requirements.items()})
+        waits = time.perf_counter() - arrived + self.backlog
         try:
-            point = self._choose(count, requirements, waits)
+            at_worst = self.at_worst(arrived, 0.0)
+            point = self._choose(count, request, waits, at_worst, self._slower)
         except UnmetError as error:
-            self._choose(count, requirements, 0.0)  # no load would help: its own error
-            seconds = self.backlog
+            self._choose(count, request, 0.0, 0.0, 1.0)  # no load would help: its own error
             raise BusyError(
-                f"{seconds:.3f} seconds of work wait; without them this could be met ({error})",
-                seconds,
+                f"{waits:.3f} seconds of work wait; without them this could be met ({error})", waits
             ) from None
-        self.check_load()
+        self.check_load(arrived)
         return point
 
     def _at(
-        self, name: str, requirements: Mapping[str, Any]
+        self, name: str, requirements: Mapping[str, Any], arrived: float
     ) -> tuple[OperatingPoint, dict[str, float]]:
         if requirements:
             raise InputError(f"give point or {', '.join(requirements)}, not both")
         point = self.policy.point(name)
-        self.check_load()
+        self.check_load(arrived)
         return point, {"delta": self.policy.delta}
 
     def _choose(
-        self, count: int, requirements: Mapping[str, Any], waits: float
+        self, count: int, request: Request, waits: float, at_worst: float, slower: float
     ) -> tuple[OperatingPoint, dict[str, float]]:
-        slack, exits = self._slack, range(len(self.policy.macs))
-        # A batch that runs is not stopped; its time is in the backlog, but it may take longer.
-        before = waits * 1e3
-        alone = [before + 1e3 * slack.mean * sum(self.costs.first[: k + 1]) for k in exits]
-        worst = [before + 1e3 * slack.worst * self.costs.until(k, count) for k in exits]
-        words = {"mean_latency_ms": "mean_cost", "deadline_ms": "deadline"}
-        request = Request(**{words.get(name, name): v for name, v in requirements.items()})
-        point = choose(self.policy, request, alone, worst)
+        """The point for a request, and what it promises, if so many seconds pass before its work.
+
+        `waits`: as expected; `at_worst`: as for a deadline; `slower`: times what was measured.
+        """
+        exits = range(len(self.policy.macs))
+        worst = [1e3 * (at_worst + slower * self.costs.between(0, k, count)) for k in exits]
+        if request.mean_cost is None and (request.deadline is None or worst[0] <= request.deadline):
+            step = 0
+            if request.deadline is not None:  # which of them fit is all that matters
+                if request == Request(deadline=request.deadline, delta=request.delta):
+                    step = int(_STEPS * 1e3 * at_worst / request.deadline)
+                deepest = max(k for k in exits if worst[k] <= request.deadline)
+                request = replace(request, deadline=deepest + 1.0)
+            return self._choice(request, step)
+        first = self.costs.first
+        alone = [1e3 * (waits + slower * sum(first[: k + 1])) for k in exits]
+        return self._choose_at(self.policy, request, alone, worst)
+
+    def _choose_alone(self, request: Request, step: int) -> tuple[OperatingPoint, dict[str, float]]:
+        """The choice where nothing waits; a deadline is a number of exits.
+
+        Each step away from the first choice, towards what exit 0 costs, must cost less.
+        """
+        alone = np.cumsum(self._shared).tolist()
+        worst = [float(k + 1) for k in range(len(alone))]
+        chosen = self._choose_at(self.policy, request, alone, worst)
+        if step == 0:
+            return chosen
+        times = chosen[0].expected_cost(alone) / alone[0]
+        most = alone[0] * times ** (1 - step / _STEPS)
+        points = tuple(p for p in self.policy.points if p.expected_cost(alone) <= most)
+        try:
+            return self._choose_at(replace(self.policy, points=points), request, alone, worst)
+        except ValueError:  # there is no such point
+            return chosen
+
+    def _choose_at(
+        self, policy: Policy, request: Request, alone: list[float], worst: list[float]
+    ) -> tuple[OperatingPoint, dict[str, float]]:
+        point = choose(policy, request, alone, worst)
         delta = self.policy.delta if request.delta is None else request.delta
-        deepest = len(self.policy.macs) - 1
+        deepest = len(worst) - 1
         if request.deadline is not None:
-            deepest = max(k for k in exits if worst[k] <= request.deadline)
+            deepest = max(k for k, cost in enumerate(worst) if cost <= request.deadline)
         cap = max((cap for cap in self.policy.caps if cap <= deepest), default=deepest)
         promised = {
             "max_degradation": point.promised("max_degradation", delta, cap),
@@ -292,34 +367,19 @@ class Batches:
         kept = {name: value for name, value in promised.items() if math.isfinite(value)}
         return point, kept | {"delta": delta}
 
-    async def _look(self) -> None:
-        """How long others wait for their turn: as long as this does."""
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(_LOOK)
-            lag = max(0.0, time.perf_counter() - before - _LOOK - 0.001)
-            self._lag = max(lag, 0.7 * self._lag)
-
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            segment = self._next()
-            if segment is None:
-                if self._closing:
-                    return
-                self._wake.clear()
-                await self._wake.wait()
-                continue
+    def _feed(self) -> None:
+        """Give the thread a batch, and a full one more, so that it never waits for this loop."""
+        while (segment := self._next()) is not None:
+            if self._running and (self._running > 1 or not self._full(segment)):
+                return
             parts = self._take(segment)
-            count = sum(len(part.places) for part in parts)
-            started = time.perf_counter()
-            try:
-                ran = await loop.run_in_executor(self._pool, self._run, segment, parts)
-                took = time.perf_counter() - started
-                self._slack.see(took / self.costs.batch(segment, count))
-                self._settle(segment, parts, *ran)
-            except Exception as error:  # theirs alone: the queue goes on
-                self._fail(parts, segment, error)
+            self._running += 1
+            self._pool.submit(self._run, segment, parts, time.perf_counter())
+        if self._closing and not self._running:
+            self._idle.set()
+
+    def _full(self, segment: int) -> bool:
+        return sum(len(p.places) for p in self._waiting[segment]) >= self._largest[segment]
 
     def _next(self) -> int | None:
         """The segment for which the image that came first waits."""
@@ -337,10 +397,18 @@ class Batches:
             parts.append(part)
         return parts
 
-    def _run(
-        self, segment: int, parts: list[_Part]
-    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.bool_]]:
-        """In the thread: probabilities so far `[k + 1, n, K]`, features, and which are sure."""
+    def _run(self, segment: int, parts: list[_Part], submitted: float) -> None:
+        """In the thread."""
+        try:
+            ran = self._compute(segment, parts)
+            # What the thread waited for the processor, or Python's lock, is part of the cost.
+            started, self._ended = max(submitted, self._ended), time.perf_counter()
+            done = partial(self._settle, segment, parts, ran, self._ended - started)
+        except Exception as error:  # theirs alone: the queue goes on
+            done = partial(self._fail, segment, parts, error)
+        self._loop.call_soon_threadsafe(self._ran, done)
+
+    def _compute(self, segment: int, parts: list[_Part]) -> _Ran:
         features = _joined([part.features for part in parts], 0)
         probabilities, features = self._segments.probabilities(segment, features)
         earlier = _joined([part.earlier for part in parts], 1)
@@ -353,22 +421,23 @@ class Batches:
         if segment == 0:  # in the order in which images came, whatever they show
             weighed = np.repeat([part.job.weighed for part in parts], sizes)
             self.classifier.weigh(scores[weighed].tolist())
-        return earlier, features, scores > thresholds
+        return _Ran(earlier, features, scores > thresholds)
 
-    def _settle(
-        self,
-        segment: int,
-        parts: list[_Part],
-        earlier: NDArray[np.float32],
-        features: NDArray[Any],
-        sure: NDArray[np.bool_],
-    ) -> None:
+    def _ran(self, done: Callable[[], None]) -> None:
+        """Back in the event loop."""
+        self._running -= 1
+        done()
+        self._feed()
+
+    def _settle(self, segment: int, parts: list[_Part], ran: _Ran, seconds: float) -> None:
         """Hand out the answers; images that no exit was sure of yet wait for the next segment."""
+        ratio = min(seconds / self.costs.batch(segment, len(ran.sure)), _MOST_SLACK)
+        self._slowed = max(1.0, _FORGET * self._slowed + (1 - _FORGET) * ratio)
         start, last = 0, segment == len(self._waiting) - 1
         for part in parts:
             job, rows = part.job, slice(start, start + len(part.places))
             start = rows.stop
-            leaves, known = sure[rows], earlier[:, rows]
+            leaves, known = ran.sure[rows], ran.earlier[:, rows]
             self._backlog -= len(leaves) * job.left[segment]
             job.exit[part.places[leaves]] = segment
             job.probabilities[part.places[leaves]] = known[-1, leaves]
@@ -377,7 +446,7 @@ class Batches:
                 job.exit[stays] = segment + 1
                 job.probabilities[stays] = vote(known[:, ~leaves], job.point.votes)
             elif len(stays):
-                waiting = _Part(job, stays, features[rows][~leaves], known[:, ~leaves])
+                waiting = _Part(job, stays, ran.features[rows][~leaves], known[:, ~leaves])
                 self._waiting[segment + 1].append(waiting)
                 self._backlog += len(stays) * job.left[segment + 1]
             job.unanswered -= len(part.places) if last else int(leaves.sum())
@@ -391,7 +460,7 @@ class Batches:
                 )
                 job.done.set_result(answers)
 
-    def _fail(self, parts: list[_Part], segment: int, error: Exception) -> None:
+    def _fail(self, segment: int, parts: list[_Part], error: Exception) -> None:
         """Give up the jobs of a batch that could not run, wherever their images wait."""
         failed = {id(part.job): part.job for part in parts}
         for part in parts:

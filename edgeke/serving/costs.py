@@ -26,9 +26,9 @@ class SegmentCosts:
         """Seconds of one batch in one segment."""
         return self.first[segment] + (count - 1) * self.each[segment]
 
-    def until(self, exit: int, count: int) -> float:
-        """Seconds until `count` images have all answered at `exit`, in one batch, at worst."""
-        return sum(self.batch(k, count) * self.worst[k] for k in range(exit + 1))
+    def between(self, segment: int, exit: int, count: int) -> float:
+        """Seconds of `count` images from a segment to an exit, in one batch, at worst."""
+        return sum(self.batch(k, count) * self.worst[k] for k in range(segment, exit + 1))
 
     def largest(self, segment: int, seconds: float, most: int) -> int:
         """The most images, up to `most`, that a segment runs in so many seconds; 1 at least."""

@@ -23,7 +23,8 @@ from starlette.responses import JSONResponse, Response
 
 from edgeke.errors import InputError, report
 from edgeke.serving.__main__ import read_token
-from edgeke.serving.application import CAME, Server, Settings
+from edgeke.serving.application import Server, Settings
+from edgeke.serving.front import CAME
 
 try:
     import ray

@@ -8,7 +8,6 @@ segments are served and how long they take: devices measure their link with it.
 
 import dataclasses
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from edgeke.device.codec import RAW, decode, decode_picture
 from edgeke.device.policy import force_exit
 from edgeke.errors import InputError
 from edgeke.serving.batches import Answers, Batches, BusyError
+from edgeke.serving.front import arrived
 from edgeke.serving.protocol import InferRequest, parse_json, write_infer
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ def routes(server: "Server", prefix: str) -> list[Route]:
         return JSONResponse({**_segments(batches), "milliseconds": _milliseconds(batches)})
 
     async def infer(request: Request) -> Response:
-        arrived = time.perf_counter()
-        server.open_batches.check_load()
+        came = arrived(request.scope)
+        server.open_batches.check_load(came)
         body = await server.body(request)
         batches = server.open_batches
         after = _after(request.path_params["after"], batches)
         name, message, deadline = _parse(body, request.headers)
         features = _features(message, after, batches)
-        answers = await finish(batches, after, features, arrived, deadline)
+        answers = await finish(batches, after, features, came, deadline)
         server.count(answers)
         asked = InferRequest(name, features, {}, {"probabilities": True})
         said = {**_segments(batches), "milliseconds": round(answers.seconds * 1e3, 3)}
@@ -63,18 +63,18 @@ def routes(server: "Server", prefix: str) -> list[Route]:
 
 
 async def finish(
-    batches: Batches, after: int, features: NDArray[Any], arrived: float, deadline_ms: float
+    batches: Batches, after: int, features: NDArray[Any], came: float, deadline_ms: float
 ) -> Answers:
     """The last exit's answers to features after an exit (-1: to images).
 
     Errors: BusyError when the work that waits leaves no time for it.
     """
     exits = len(batches.policy.macs)
-    work = sum(batches.costs.batch(k, len(features)) for k in range(after + 1, exits))
-    waits = time.perf_counter() - arrived + batches.backlog
-    if (waits + work) * 1e3 > deadline_ms:
-        raise BusyError(f"{batches.backlog:.3f} seconds of work wait; ask again later", waits)
-    batches.check_load()
+    work = batches.costs.between(after + 1, exits - 1, len(features))
+    if batches.at_worst(came, work) * 1e3 > deadline_ms:
+        waits = batches.backlog
+        raise BusyError(f"{waits:.3f} seconds of work wait; ask again later", waits)
+    batches.check_load(came)
     point = dataclasses.replace(
         batches.policy.points[0],
         thresholds=force_exit(exits - 1, exits),
@@ -82,7 +82,7 @@ async def finish(
         bias=(),
         unsure=False,
     )
-    return await batches.enqueue(features, point, {}, arrived, deadline_ms / 1e3, after + 1)
+    return await batches.enqueue(features, point, {}, came, deadline_ms / 1e3, after + 1)
 
 
 def _segments(batches: Batches) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 
 import numpy as np
 import pytest
@@ -68,16 +69,16 @@ def test_the_backlog_returns_to_nothing(toy, images):
     assert waiting == 0
 
 
-def test_under_load_earlier_exits_answer_and_then_none(toy, images):
+def test_under_load_earlier_exits_answer_and_then_none(toy, images, monkeypatch):
     """The same deadline: met by any exit when idle, by the first one later, refused at last."""
 
     async def ask(batches):
         batches.costs = SegmentCosts((0.01,) * 3, (0.002,) * 3, (1.0,) * 3)
         batches._shared = np.full(3, 0.002)
-        worst = [1e3 * batches.costs.until(k, 1) for k in range(3)]
+        worst = [1e3 * batches.costs.between(0, k, 1) for k in range(3)]
         deadline = {"deadline_ms": 100.0}
-        deepest, refused = [], None
-        batches._worker.cancel()  # nothing is answered: the queue only grows
+        deepest, cost, refused = [], [], None
+        monkeypatch.setattr(batches, "_feed", lambda: None)  # the queue only grows
         tasks = []
         for _ in range(2000):
             now = time.perf_counter()
@@ -87,19 +88,23 @@ def test_under_load_earlier_exits_answer_and_then_none(toy, images):
                 refused = error
                 break
             deepest.append(point.deepest)
+            cost.append(point.expected_cost([1.0, 2.0, 3.0]))
             tasks.append(asyncio.ensure_future(batches.answer(images[:1], deadline, now)))
             await asyncio.sleep(0)
         with pytest.raises(UnmetError) as unmet:
             await batches.answer(images[:1], {"deadline_ms": 5.0}, time.perf_counter())
         for task in tasks:
             task.cancel()
-        batches._worker = None
-        return deepest, refused, unmet.value, worst
+        monkeypatch.undo()
+        batches._waiting = [deque() for _ in range(3)]
+        return deepest, cost, refused, unmet.value, worst
 
-    deepest, refused, unmet, worst = run(toy, ask)
+    deepest, cost, refused, unmet, worst = run(toy, ask)
     assert deepest[0] == 2
     assert deepest[-1] == 0
     assert deepest == sorted(deepest, reverse=True)
+    assert cost == sorted(cost, reverse=True)
+    assert cost[-1] < cost[len(cost) // 3] < cost[0], "cheaper long before nothing fits"
     assert refused is not None
     assert refused.seconds > 0
     assert unmet.nearest == pytest.approx(worst[0], rel=1e-6), "no load would help: it is named"
@@ -107,10 +112,15 @@ def test_under_load_earlier_exits_answer_and_then_none(toy, images):
 
 def test_without_a_deadline_no_more_waits_than_was_said(toy, images):
     async def ask(batches):
-        now = time.perf_counter()
-        ten = [batches.answer(images[:40], {}, now) for _ in range(400)]
-        return await asyncio.gather(*ten, return_exceptions=True)
+        async def one():
+            return await batches.answer(images[:40], {}, time.perf_counter())
 
+        return await asyncio.gather(*(one() for _ in range(400)), return_exceptions=True)
+
+    async def ask_idle(batches):
+        batches.check_load(time.perf_counter(), 10**9)
+
+    run(toy, ask_idle)
     answered = run(toy, ask, longest=0.01)
     busy = [each for each in answered if isinstance(each, BusyError)]
     assert 0 < len(busy) < 400
@@ -135,6 +145,71 @@ def test_a_batch_that_fails_fails_its_own_requests_alone(toy, images, monkeypatc
     after, backlog = run(toy, ask)
     assert len(after.exit) == 1
     assert abs(backlog) < 1e-9
+
+
+def test_three_times_too_much_is_answered_in_time_or_refused_at_once(toy, images, monkeypatch):
+    """Batches take 4 times as long as was measured; requests come at 3 times what that allows."""
+
+    async def ask(batches):
+        good, cost = batches._segments.probabilities, 0.004
+
+        def slow(exit, features):
+            time.sleep(4 * cost)
+            return good(exit, features)
+
+        monkeypatch.setattr(batches._segments, "probabilities", slow)
+        batches.costs = SegmentCosts((cost,) * 3, (1e-6,) * 3, (1.0,) * 3)
+        batches._shared, batches._largest = np.full(3, cost / 4), [4] * 3
+        answered, refused = [], []
+
+        async def one():
+            came = time.perf_counter()
+            try:
+                await batches.answer(images[:4], {"deadline_ms": 200.0}, came)
+                answered.append((came, time.perf_counter() - came))
+            except BusyError:
+                refused.append(time.perf_counter() - came)
+
+        started, tasks = time.perf_counter(), []
+        while time.perf_counter() < started + 2:
+            tasks.append(asyncio.create_task(one()))
+            await asyncio.sleep(4 * cost / 3)
+        await asyncio.gather(*tasks)
+        return [took for came, took in answered if came > started + 0.5], refused, 4 * cost
+
+    took, refused, cost = run(toy, ask)
+    assert sum(each <= 0.2 for each in took) >= 0.97 * len(took)
+    assert len(took) > 0.6 * 1.5 / cost / 3, "at most three segments an image"
+    assert len(refused) > len(took)
+    assert sorted(refused)[len(refused) // 2] < 0.005
+
+
+def test_a_server_that_was_slow_is_busy_and_forgets_it(toy, images):
+    async def ask(batches):
+        alone = 1e3 * batches.costs.between(0, 0, 1)
+        now = time.perf_counter()
+        batches._slowed, batches._ended = 100.0, now
+        with pytest.raises(BusyError):
+            batches._admit(1, {"deadline_ms": 50 * alone}, now)
+        batches._ended -= 60.0  # seconds ago
+        batches._admit(1, {"deadline_ms": 50 * alone}, time.perf_counter())
+
+    run(toy, ask)
+
+
+def test_answers_that_left_late_are_expected_again_until_they_are_forgotten(toy, images):
+    async def ask(batches):
+        def answer():
+            return batches.answer(images[:1], {"deadline_ms": 100.0}, time.perf_counter())
+
+        await answer()
+        batches._lateness.see(0.15)
+        with pytest.raises(BusyError):
+            await answer()
+        batches._lateness._seen -= 2.0  # seconds ago
+        return await answer()
+
+    assert not run(toy, ask).late
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,8 @@ def test_a_number_of_replicas_without_sense_is_refused(bundle, capsys, number):
 
 
 def test_a_replica_answers_with_files_and_knows_how_long_a_request_has_waited(bundle, images):
-    from edgeke.serving.application import CAME, Settings
+    from edgeke.serving.application import Settings
+    from edgeke.serving.front import CAME
     from edgeke.serving.on_ray import Replica
 
     tensor = {"name": "image", "datatype": "UINT8", "shape": images[:1].shape}
