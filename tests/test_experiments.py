@@ -86,7 +86,8 @@ def test_a_grid_over_two_workers(clone: Path):
         assert parent.info.status == "FINISHED"
         assert parent.data.tags["edgeke.model"].startswith("edgeke-tiny/")
         links = {key for key in parent.data.tags if key.startswith("edgeke.restored.")}
-        assert links == {f"edgeke.restored.{s}" for s in ("download", "train_teacher", "distill")}
+        restored = ("download", "train_teacher", "distill", "prune")
+        assert links == {f"edgeke.restored.{stage}" for stage in restored}
     check_agreement(clone, names)
     assert (clone / "dvc.lock").read_bytes() == before
 
