@@ -462,7 +462,8 @@ class ClusterSegments(Segments):
         self._temperatures = np.asarray(policy.temperatures, np.float32)[:, None]
         self.score = Score(policy.score, policy.score_weights)
 
-    def _run(self, exit: int, features: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    def logits(self, exit: int, features: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """As of `Segments`; features are the images' numbers, which the last exit forgets."""
         tokens = self._engine.begin(features) if exit == 0 else features
         logits = [self._engine.exit_logits(int(token), exit) for token in tokens]
         if exit == len(self._temperatures) - 1:
@@ -470,3 +471,9 @@ class ClusterSegments(Segments):
                 self._engine.forget(int(token))
             tokens = tokens[:0]
         return np.stack(logits), tokens
+
+    def features_shape(self, exit: int) -> tuple[int, int, int]:
+        """Features do not leave the devices. Errors: InputError, always."""
+        raise InputError(
+            f"a cluster takes no features after exit {exit}; ask a server that runs the whole bundle"
+        )

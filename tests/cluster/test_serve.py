@@ -23,7 +23,6 @@ from edgeke.networks.branchynet import BranchyNet
 pytest.importorskip("ray", reason="needs requirements-ray.txt")
 
 
-@pytest.mark.slow
 def test_the_server_answers_as_one_device_does(architecture, dataset, tmp_path, capsys):
     network = randomise(BranchyNet(architecture))
     segments = export_segments(network, dataset.mean, dataset.std, SIZE)
