@@ -475,5 +475,5 @@ class ClusterSegments(Segments):
     def features_shape(self, exit: int) -> tuple[int, int, int]:
         """Features do not leave the devices. Errors: InputError, always."""
         raise InputError(
-            f"a cluster takes no features after exit {exit}; ask a server that runs the whole bundle"
+            f"a cluster takes no features after exit {exit}; ask a server of the whole bundle"
         )
