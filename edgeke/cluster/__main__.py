@@ -128,6 +128,7 @@ def _serve(
 
         from edgeke.cluster.serve import ClusterServer
         from edgeke.serving.application import Settings
+        from edgeke.serving.front import UVICORN
     except ImportError as error:
         raise InputError(
             f"{error.name} is missing: pip install -r requirements-serving.txt"
@@ -145,7 +146,7 @@ def _serve(
         server = ClusterServer(settings, engine=engine)
         server.check()
         print(f"{describe(engine.plan)}; http://{options.host}:{options.port}", flush=True)
-        uvicorn.run(server.application, host=options.host, port=options.port, log_level="warning")
+        uvicorn.run(server.application, host=options.host, port=options.port, **UVICORN)
 
 
 if __name__ == "__main__":
