@@ -336,6 +336,12 @@ class DeviceActor:
                     runs[-1].append((phases * factor, [factor * one for one in finals]))
         return runs
 
+    def pass_on(self, size: int, content: Array | None) -> Array:
+        """Take an array, and return one of so many bytes."""
+        if content is not None:
+            time.sleep(max(0.0, self._arrival({"": content}) - time.perf_counter()))
+        return np.zeros(size, np.uint8)
+
     def volley(self, peer: Address, size: int, times: int, first: bool) -> float:
         """Send an array to and fro with a peer that does the same; seconds of one way.
 
